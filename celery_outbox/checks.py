@@ -1,0 +1,63 @@
+"""What must hold before a worker or a relay starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from celery import bootsteps
+from sqlalchemy.exc import DBAPIError
+
+from celery_outbox.errors import ConfigurationError
+from celery_outbox.inbox.installation import installed_in
+from celery_outbox.inbox.task import DurableTask
+from celery_outbox.storage import schema
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_outbox.inbox.installation import Installation
+
+__all__ = ["WorkerChecks", "check"]
+
+logger = logging.getLogger("celery_outbox")
+
+
+def check(app: Celery, installation: Installation) -> None:
+    """Raise what is wrong with the settings, the tables or the durable tasks.
+
+    A database that is away is only logged: the worker starts, and its deliveries wait in the broker.
+    """
+    store = installation.store
+    _ = installation.config
+    try:
+        schema.verify(store.engine, store.tables)
+    except DBAPIError as exc:
+        logger.error("the outbox's database can't be asked for its tables: %s", exc.orig)
+    for task in app.tasks.values():
+        if isinstance(task, DurableTask):
+            _check_task(task)
+
+
+def _check_task(task: DurableTask) -> None:
+    if not task.inbox:
+        return
+    for option in ("acks_late", "reject_on_worker_lost"):
+        if not getattr(task, option):
+            raise ConfigurationError(
+                f"task {task.name} is durable, but task_annotations (or its class) set "
+                f"{option}=False: its message would be gone before its effects are committed"
+            )
+
+
+class WorkerChecks(bootsteps.Step):
+    """A worker does not start with what could lose messages."""
+
+    def create(self, worker: Any) -> None:
+        """Check; what is raised here ends the worker."""
+        app = worker.app
+        installation = installed_in(app)
+        if installation is not None:
+            check(app, installation)
+            # No connection of the main process may reach the pool's children.
+            installation.store.engine.dispose()

@@ -1,0 +1,168 @@
+"""Envelope: one message with its address, ready to publish."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import Any
+
+from kombu.utils.json import dumps, loads
+
+from celery_outbox.errors import EnvelopeError
+
+__all__ = ["Envelope", "message_key"]
+
+#: The form in which `Envelope.dump` writes. A reader refuses what is newer than itself.
+FORMAT = 1
+
+#: Longest key that the tables hold; longer ones are replaced by their digest.
+KEY_LENGTH = 200
+
+#: Celery's native delayed delivery (quorum queues) writes the delay as 28 bits into the routing key.
+_DELAYED_EXCHANGE = "celery_delayed_27"
+_DELAY_BITS = 28
+_DELAYED_KEY = re.compile(rf"(?:[01]\.){{{_DELAY_BITS}}}")
+
+
+def message_key(headers: Mapping[str, Any]) -> str:
+    """Return what tells one execution of a task from another.
+
+    The task id alone does not: the same id runs again by right as a retry (``retries``), as its own
+    replacement (``replaced_task_nesting``), and in a group that holds one frozen signature twice
+    (``group_index``).
+    """
+    index = headers.get("group_index")
+    key = ":".join(
+        (
+            str(headers["id"]),
+            str(headers.get("retries") or 0),
+            str(headers.get("replaced_task_nesting") or 0),
+            "" if index is None else str(index),
+        )
+    )
+    return key if len(key) <= KEY_LENGTH else "sha256:" + sha256(key.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message exactly as stock Celery would have published it, and when and where to.
+
+    Only time differs from the wire: ``expires_at`` is absolute, where AMQP's ``expiration`` counts
+    from the publish, and ``due_at`` is when the message may leave the outbox.
+    """
+
+    task: str
+    task_id: str
+    key: str
+    body: bytes
+    is_text: bool
+    content_type: str
+    content_encoding: str
+    priority: int | None
+    headers: Mapping[str, Any]
+    properties: Mapping[str, Any]
+    exchange: str
+    routing_key: str
+    mandatory: bool
+    #: Queues and exchanges to declare before the publish (see `celery_outbox.declaration`).
+    declare: tuple[Mapping[str, Any], ...] = field(default=())
+    #: Whether a worker will record that it has handled the message, so that it may be kept until then.
+    keep: bool = False
+    due_at: datetime | None = None
+    expires_at: datetime | None = None
+
+    @property
+    def destination(self) -> str:
+        """The queue, or ``exchange/routing key``, as operators know it."""
+        return f"{self.exchange}/{self.routing_key}" if self.exchange else self.routing_key
+
+    def at(self, now: datetime) -> Envelope:
+        """Return the envelope with its relative times counted from `now` (time zone aware).
+
+        An expired message keeps an expiration of 0, as Celery itself sends it.
+        """
+        changed = self
+        if self.expires_at is not None:
+            left = max(timedelta(0), self.expires_at - now)
+            milliseconds = str(int(left.total_seconds() * 1000))
+            changed = replace(self, properties={**self.properties, "expiration": milliseconds})
+        if self.exchange == _DELAYED_EXCHANGE and self.due_at is not None:
+            seconds = max(0, int((self.due_at - now).total_seconds()))
+            bits = ".".join(f"{seconds:0{_DELAY_BITS}b}") + "."
+            changed = replace(changed, routing_key=_DELAYED_KEY.sub(bits, self.routing_key, 1))
+        return changed
+
+    def dump(self) -> str:
+        """Return all but the body and the times as JSON text.
+
+        kombu's JSON keeps datetime, Decimal, UUID and bytes, as message headers may hold them.
+        """
+        try:
+            return str(
+                dumps(
+                    {
+                        "format": FORMAT,
+                        "text": self.is_text,
+                        "content_type": self.content_type,
+                        "content_encoding": self.content_encoding,
+                        "priority": self.priority,
+                        "headers": self.headers,
+                        "properties": self.properties,
+                        "exchange": self.exchange,
+                        "routing_key": self.routing_key,
+                        "mandatory": self.mandatory,
+                        "declare": self.declare,
+                        "keep": self.keep,
+                    }
+                )
+            )
+        except (TypeError, ValueError) as exc:
+            raise EnvelopeError(
+                f"task {self.task}[{self.task_id}]: a header or property of its message can't be "
+                f"stored as JSON: {exc}"
+            ) from exc
+
+    @classmethod
+    def load(
+        cls,
+        message: str,
+        *,
+        task: str,
+        task_id: str,
+        key: str,
+        body: bytes,
+        due_at: datetime | None,
+        expires_at: datetime | None,
+    ) -> Envelope:
+        """Read back what `dump` wrote; raise `EnvelopeError` for what a newer version wrote."""
+        try:
+            data = loads(message)
+            if data["format"] > FORMAT:
+                raise EnvelopeError(
+                    f"task {task}[{task_id}]: stored in format {data['format']}, this version reads "
+                    f"up to {FORMAT}: upgrade celery_outbox here"
+                )
+            return cls(
+                task=task,
+                task_id=task_id,
+                key=key,
+                body=bytes(body),
+                is_text=data["text"],
+                content_type=data["content_type"],
+                content_encoding=data["content_encoding"],
+                priority=data["priority"],
+                headers=data["headers"],
+                properties=data["properties"],
+                exchange=data["exchange"],
+                routing_key=data["routing_key"],
+                mandatory=data["mandatory"],
+                declare=tuple(data["declare"]),
+                keep=data["keep"],
+                due_at=due_at,
+                expires_at=expires_at,
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise EnvelopeError(f"task {task}[{task_id}]: can't be read: {exc!r}") from exc

@@ -1,0 +1,1 @@
+"""Incoming: in the Celery worker."""

@@ -1,0 +1,79 @@
+"""Replay: a duplicate delivery is answered from the inbox's record.
+
+The body does not run and nothing is sent, for both are in the commit. What lies outside the database
+may have been lost with the worker, and is idempotent, so it is repeated: the result is stored and
+the chord part is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from billiard.einfo import ExceptionInfo
+from celery import states
+from celery._state import _task_stack
+from celery.app.task import Context
+from celery.app.trace import TraceInfo, trace_ok_t
+from celery.exceptions import Ignore, Reject
+
+from celery_outbox import events
+from celery_outbox.inbox.outcome import Outcome
+from celery_outbox.storage.store import Handled
+
+if TYPE_CHECKING:
+    from celery_outbox.inbox.task import DurableTask
+
+__all__ = ["given_back", "replay"]
+
+
+def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> Any:
+    """Repeat what lies outside the database, and return the tracer's answer for it."""
+    events.emit(events.DUPLICATE, key=handled.key, state=handled.state)
+    backend = task.backend.real
+    outcome = Outcome.load(handled.outcome)
+    context = Context(request, called_directly=False)
+    context.children = outcome.results_of_children(task.app)
+    wanted = not _ignores_result(task, context)
+    # The body of a chord that completes here takes its lineage from the request.
+    _task_stack.push(task)
+    task.request_stack.push(context)
+    try:
+        if handled.state == states.SUCCESS:
+            result = outcome.result(backend)
+            backend.mark_as_done(context.id, result, context, wanted)
+            return trace_ok_t(result, None, 0.0, "already handled")
+        if handled.state == states.FAILURE:
+            backend.mark_as_failure(
+                context.id,
+                outcome.error(backend),
+                outcome.traceback,
+                context,
+                wanted or task.store_errors_even_if_ignored,
+                call_errbacks=False,
+            )
+        return _answer(states.IGNORED, Ignore("already handled"))
+    finally:
+        task.request_stack.pop()
+        _task_stack.pop()
+
+
+def given_back(reason: BaseException) -> Any:
+    """Return the tracer's answer for a delivery that goes back to the broker.
+
+    Returned, not raised: only the prefork pool handles a `Reject` that comes out of the tracer.
+    """
+    return _answer(states.REJECTED, Reject(reason, requeue=True))
+
+
+def _answer(state: str, exception: Exception) -> Any:
+    try:
+        raise exception
+    except Exception as exc:
+        return trace_ok_t(ExceptionInfo(internal=True), TraceInfo(state, exc), 0.0, None)
+
+
+def _ignores_result(task: DurableTask, context: Context) -> bool:
+    # A message's own ignore_result wins over the task's.
+    own = getattr(context, "ignore_result", None)
+    return bool(task.ignore_result if own is None else own)

@@ -1,0 +1,196 @@
+"""InboxTransaction: what a durable task writes, sends and returns, in one commit.
+
+It begins with the inbox row, by which one execution is told from another, and ends with the outcome
+in that row. A failed body is rolled back whole, inbox row included; its failure, its retry message
+or its error callbacks are then recorded in a second, short transaction that claims the row again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from celery_outbox import events
+from celery_outbox.envelope import message_key
+from celery_outbox.errors import CommitRefused
+from celery_outbox.outbox.scope import naming
+from celery_outbox.storage.store import Handled, Store
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+    from celery_outbox.inbox.installation import Installation
+    from celery_outbox.inbox.outcome import Outcome
+
+__all__ = ["AnsweredElsewhere", "GivenBack", "InboxTransaction", "current_transaction"]
+
+_current: ContextVar[InboxTransaction | None] = ContextVar("celery_outbox_inbox", default=None)
+
+
+def current_transaction() -> InboxTransaction | None:
+    """Return the transaction of the durable task that runs in this context."""
+    return _current.get()
+
+
+class GivenBack(BaseException):
+    """The delivery goes back to the broker: the database was away, or the outcome is unknown.
+
+    No `Exception`, so that it passes through Celery's tracer, which would make it a failure.
+    """
+
+
+class AnsweredElsewhere(BaseException):
+    """A concurrent delivery of the same message has committed: this one is the duplicate."""
+
+    def __init__(self, handled: Handled) -> None:
+        self.handled = handled
+
+
+class InboxTransaction:
+    """The transaction of one execution of a durable task. Also the scope of what it sends."""
+
+    def __init__(
+        self, installation: Installation, request: Mapping[str, Any], *, holds_session: bool
+    ) -> None:
+        self.key = message_key(request)
+        self.task_id = str(request["id"])
+        self.task = str(request.get("task", ""))
+        #: Whether the body has been entered; another task that it calls is part of it.
+        self.entered = False
+        #: What the body returned, once that is committed.
+        self.result: Any = None
+        #: The state that was committed.
+        self.state: str | None = None
+        self._retry_key = message_key({**request, "retries": (request.get("retries") or 0) + 1})
+        self._installation = installation
+        self._holds_session = holds_session
+        self._connection: Connection | None = None
+        self._session: Session | None = None
+        self._staged: list[Mapping[str, Any]] = []
+        self._retry: list[Mapping[str, Any]] = []
+
+    # The journey
+
+    def begin(self) -> Handled | None:
+        """Claim the execution, or return the record of it.
+
+        Raises `GivenBack` while another delivery of the same message is executed.
+        """
+        store = self._installation.store
+        if not self._holds_session:
+            with store.engine.connect() as connection:
+                return store.handled(connection, self.key)
+        return self._claim(store)
+
+    def _claim(self, store: Store) -> Handled | None:
+        self._connection = store.engine.connect()
+        self._connection.begin()
+        if store.receive(self._connection, self.key, self.task, self.task_id):
+            events.emit(events.HANDLING, key=self.key)
+            return None
+        handled = store.handled(self._connection, self.key)
+        self._close()
+        if handled is None:
+            raise GivenBack(f"{self.task}[{self.task_id}] is being executed by another delivery")
+        return handled
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make this the transaction of the task that runs, and of everything that it sends."""
+        token = _current.set(self)
+        try:
+            with naming(self):
+                yield
+        finally:
+            _current.reset(token)
+            if self.state is None:
+                self.roll_back()
+            self._close()
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection of the open transaction."""
+        return self._connection
+
+    @property
+    def session(self) -> Session | None:
+        """A session in this transaction: its commits are savepoints, the real one follows the body."""
+        if self._session is None and self._connection is not None:
+            self._session = self._installation.make_session(self._connection)
+        return self._session
+
+    def leave_body(self) -> None:
+        """The body has ended well: what its session holds is written now, and may still fail it."""
+        if self._session is not None:
+            self._session.commit()
+
+    def is_open(self) -> bool:
+        return True
+
+    def stage(self, store: Store, row: Mapping[str, Any]) -> None:
+        if self.state is not None:
+            # Sent by a signal handler or the result backend after the commit.
+            store.stage_alone(row)
+        elif row["key"] == self._retry_key:
+            self._retry.append(row)
+        else:
+            self._staged.append(row)
+
+    def roll_back(self) -> None:
+        """Undo what the body wrote and sent, but for its own retry message."""
+        self._staged.clear()
+        self._close()
+
+    def commit(self, state: str, outcome: Outcome | None = None) -> None:
+        """Write what was sent and the outcome, and commit everything.
+
+        Raises `CommitRefused` if the database refuses, `GivenBack` if it is away or has not answered
+        (whether it did commit, the next delivery finds in the inbox), and `AnsweredElsewhere`.
+        """
+        store = self._installation.store
+        keeps = self._installation.config.keep_until_handled
+        try:
+            if self._connection is None and (handled := self._claim(store)):
+                raise AnsweredElsewhere(handled)
+            connection = self._connection
+            assert connection is not None
+            if rows := [*self._staged, *self._retry]:
+                store.stage(connection, rows)
+            text = None if outcome is None else outcome.dump()
+            store.record(connection, self.key, state, text, forget=keeps)
+            events.emit(events.COMMITTING, key=self.key, state=state)
+            connection.commit()
+        except (OperationalError, InterfaceError) as exc:
+            raise GivenBack(f"the database did not take the commit: {exc.orig}") from exc
+        except DBAPIError as exc:
+            if exc.connection_invalidated:
+                raise GivenBack(f"the database went away: {exc.orig}") from exc
+            raise CommitRefused(
+                f"the database refused the commit of {self.task}[{self.task_id}]: {exc.orig}"
+            ) from exc
+        except Exception as exc:
+            # A soft time limit, most likely: it may strike before or after the COMMIT took effect.
+            raise GivenBack(f"the commit was interrupted: {exc!r}") from exc
+        self.state = state
+        self._close()
+        events.emit(events.HANDLED, key=self.key, state=state)
+
+    def broken(self) -> bool:
+        """Whether the connection was lost under the body."""
+        return self._connection is not None and self._connection.invalidated
+
+    def _close(self) -> None:
+        session, self._session = self._session, None
+        connection, self._connection = self._connection, None
+        # A broken connection may fail to close or roll back: the database has done it already.
+        if session is not None:
+            with suppress(DBAPIError):
+                session.close()
+        if connection is not None:
+            with suppress(DBAPIError):
+                connection.close()

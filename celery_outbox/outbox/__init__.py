@@ -1,0 +1,1 @@
+"""Outgoing, first half: in the caller's transaction."""

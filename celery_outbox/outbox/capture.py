@@ -1,0 +1,276 @@
+"""Capture: where Celery would publish a task's message, an envelope is staged.
+
+The seam is ``app.amqp.send_task_message``, in which every way of sending a task ends (``delay``,
+``send_task``, canvas, links, retries, beat) and nothing else does (control, events of the worker).
+Celery's own sender runs, against a producer that is kombu's but for its last hop: so routing,
+serializer, compression, headers, declarations and signals are Celery's and kombu's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from datetime import datetime, timedelta, timezone, tzinfo
+from typing import TYPE_CHECKING, Any
+
+from celery.result import task_join_will_block
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu import Connection, Exchange, Queue
+from kombu.messaging import Producer
+
+from celery_outbox.declaration import freeze
+from celery_outbox.envelope import Envelope, message_key
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["Capture", "Stage"]
+
+logger = logging.getLogger("celery_outbox")
+
+#: Takes an envelope into the transaction that it was sent in.
+Stage = Callable[[Envelope], None]
+
+#: A message to these reaches whoever is bound, and nobody is an answer too.
+_MAY_REACH_NOBODY = ("fanout", "x-delayed-message")
+
+#: Set while Celery has asked for `backend.on_task_call` and the message is not yet sent.
+_call_pending: ContextVar[bool] = ContextVar("celery_outbox_call_pending", default=False)
+
+
+class Capture:
+    """The outgoing seam of one app.
+
+    `choose` is asked for each task message, by task name, and answers with where to stage it, or
+    None to let Celery publish it. `has_inbox` tells whether a task's worker will record that it has
+    handled the message, so that the envelope may be kept until then.
+    """
+
+    def __init__(
+        self,
+        app: Celery,
+        choose: Callable[[str], Stage | None],
+        has_inbox: Callable[[str], bool],
+    ) -> None:
+        self._app = app
+        self._choose = choose
+        self._has_inbox = has_inbox
+        self._sender: Callable[..., Any] | None = None
+        self._own_brokers: set[tuple[Any, ...]] | None = None
+
+    def install(self) -> None:
+        """Replace the app's sender, and put its result backend's preparations off."""
+        amqp = self._app.amqp
+        # Another plugin may have replaced it before us.
+        self._sender = amqp.__dict__.get("send_task_message")
+        amqp.send_task_message = self._send
+
+        get_backend = self._app._get_backend
+
+        def get_backend_that_waits() -> Any:
+            backend = get_backend()
+            self._put_off_calls(backend)
+            return backend
+
+        self._app._get_backend = get_backend_that_waits
+
+    def _put_off_calls(self, backend: Any) -> None:
+        """Let ``on_task_call`` happen only for messages that are really published now.
+
+        `Celery.send_task` calls it before the seam: Redis subscribes there, rpc declares its reply
+        queue, and both hang or fail when they are away.
+        """
+        backend.prepare_task_call = backend.on_task_call
+
+        def wait(_producer: Producer, _task_id: str) -> None:
+            _call_pending.set(True)
+
+        backend.on_task_call = wait
+
+    def _send(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
+        """Stand in for ``send_task_message``."""
+        call_pending = _call_pending.get()
+        _call_pending.set(False)
+        ours = self._is_own_broker(producer.connection)
+        stage = self._choose(_decisive(name, message)) if ours else None
+        if not ours and self._has_inbox(name):
+            logger.warning("durable task %s goes around the outbox, to another broker", name)
+        if stage is None:
+            if call_pending:
+                self._app.backend.prepare_task_call(producer, _described(message)["id"])
+            return self._stock_sender()(producer, name, message, **options)
+        replies = self._reply_queues() if call_pending else []
+        staging = StagingProducer(
+            producer,
+            stage,
+            task=name,
+            described=_described(message),
+            time_zone=self._app.timezone,
+            keep=self._has_inbox(name),
+            mandatory=self._exchange_type(options) not in _MAY_REACH_NOBODY,
+            also_declare=replies,
+        )
+        return self._stock_sender()(staging, name, message, **options)
+
+    def _stock_sender(self) -> Callable[..., Any]:
+        # Built with the first message: up to 5.6 Celery's sender keeps the list of signal receivers
+        # that it finds when it is built.
+        if self._sender is None:
+            self._sender = self._app.amqp._create_task_sender()
+        return self._sender
+
+    def _is_own_broker(self, connection: Connection) -> bool:
+        """Whether a message on this connection is for the app's broker, and so ours to store."""
+        if self._own_brokers is None:
+            with self._app.connection_for_write() as own:
+                # `alt`: every broker that it may fail over to.
+                alternatives = [Connection(url) for url in own.alt]
+                self._own_brokers = {_address(broker) for broker in (own, *alternatives)}
+        return _address(connection) in self._own_brokers
+
+    def _reply_queues(self) -> list[Queue]:
+        """The queue to which rpc:// replies go: declared by the relay, as no reply comes before."""
+        binding = getattr(self._app.backend, "binding", None)
+        return [binding] if isinstance(binding, Queue) and not task_join_will_block() else []
+
+    def _exchange_type(self, options: Mapping[str, Any]) -> str:
+        """The type of the exchange that Celery's sender will choose."""
+        exchange, queue = options.get("exchange"), options.get("queue")
+        if options.get("exchange_type"):
+            return str(options["exchange_type"])
+        if isinstance(exchange, Exchange):
+            return str(exchange.type)
+        if isinstance(queue, str):
+            queue = self._app.amqp.queues[queue]
+        elif queue is None and exchange is None:
+            queue = self._app.amqp.default_queue
+        return str(queue.exchange.type) if isinstance(queue, Queue) and queue.exchange else "direct"
+
+
+class StagingProducer(Producer):
+    """kombu's Producer, with another last hop.
+
+    The first message is the task's. With ``task_send_sent_event`` a ``task-sent`` event follows
+    through the same producer: it is staged like the message that it speaks of, so that it is not
+    seen for a message that was rolled back.
+    """
+
+    def __init__(
+        self,
+        producer: Producer,
+        stage: Stage,
+        *,
+        task: str,
+        described: Mapping[str, Any],
+        time_zone: tzinfo,
+        keep: bool,
+        mandatory: bool,
+        also_declare: Sequence[Queue],
+    ) -> None:
+        self._real_connection = producer.connection
+        self._stage_envelope = stage
+        self._task = task
+        self._described: Mapping[str, Any] | None = described
+        self._time_zone = time_zone
+        self._keep = keep
+        self._mandatory = mandatory
+        self._also_declare = also_declare
+        super().__init__(
+            None,
+            auto_declare=False,
+            serializer=producer.serializer,
+            compression=producer.compression,
+        )
+
+    @property
+    def connection(self) -> Connection:
+        """The connection on which stock Celery would publish. Nothing is sent on it."""
+        return self._real_connection
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        """Run kombu's publish without its retries: they belong to the relay."""
+        options.update(retry=False, retry_policy=None)
+        return super().publish(body, **options)
+
+    def _publish(
+        self,
+        body: str | bytes,
+        priority: int | None,
+        content_type: str,
+        content_encoding: str,
+        headers: Mapping[str, Any],
+        properties: dict[str, Any],
+        routing_key: str,
+        mandatory: bool,
+        _immediate: bool,
+        exchange: str,
+        declare: Sequence[Queue | Exchange] | None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        described, self._described = self._described, None
+        reply_to = properties.get("reply_to")
+        if isinstance(reply_to, Queue):
+            properties["reply_to"] = reply_to.name
+        entities = [*(declare or ()), *(self._also_declare if described else ())]
+        milliseconds = properties.get("expiration")
+        expires_at = due_at = None
+        if milliseconds is not None:
+            expires_at = datetime.now(timezone.utc) + timedelta(milliseconds=int(milliseconds))
+        if described is not None and described.get("eta"):
+            due_at = self._due(described["eta"])
+        identity = described or {"id": f"task-sent:{self._task}"}
+        self._stage_envelope(
+            Envelope(
+                task=self._task if described else "task-sent",
+                task_id=str(identity["id"]),
+                key=message_key(identity),
+                body=body.encode() if isinstance(body, str) else bytes(body),
+                is_text=isinstance(body, str),
+                content_type=content_type,
+                content_encoding=content_encoding,
+                priority=priority,
+                headers=dict(headers),
+                properties=properties,
+                exchange=exchange,
+                routing_key=routing_key,
+                mandatory=bool(mandatory or (described and self._mandatory)),
+                declare=tuple(freeze(entity) for entity in entities),
+                keep=self._keep and described is not None,
+                due_at=due_at,
+                expires_at=expires_at,
+            )
+        )
+
+    def _due(self, eta: datetime | str) -> datetime:
+        # A time without a zone is the app's, as the worker reads it.
+        aware: datetime = maybe_make_aware(maybe_iso8601(eta), self._time_zone)
+        return aware
+
+
+def _address(connection: Connection) -> tuple[Any, ...]:
+    # Connection's own equality also compares transport options, which kombu's publish changes; and
+    # a pool's connections have their host filled in.
+    return (
+        connection.transport_cls,
+        connection.hostname or "localhost",
+        connection.port,
+        connection.userid,
+        connection.virtual_host,
+    )
+
+
+def _described(message: Any) -> Mapping[str, Any]:
+    """The part of a task message that says which task it is: protocol 2 headers, or protocol 1 body."""
+    described: Mapping[str, Any] = message.headers if "id" in message.headers else message.body
+    return described
+
+
+def _decisive(name: str, message: Any) -> str:
+    """The task whose capture decides: a chord's poll (``chord_unlock``) goes the way of its body."""
+    if name == "celery.chord_unlock" and isinstance(message.body, tuple):
+        arguments = message.body[0]
+        if len(arguments) > 1 and isinstance(arguments[1], Mapping):
+            return str(arguments[1].get("task", name))
+    return name

@@ -1,0 +1,370 @@
+"""Outbox: what users create. The only place that wires the parts together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import Connection, Engine, MetaData
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from celery_outbox.checks import WorkerChecks
+from celery_outbox.config import Config
+from celery_outbox.envelope import Envelope
+from celery_outbox.errors import AmbiguousTransaction, ConfigurationError, NoTransaction
+from celery_outbox.inbox.installation import install, installed_in
+from celery_outbox.inbox.joining import join_sessions_of
+from celery_outbox.inbox.task import DurableTask
+from celery_outbox.outbox.capture import Capture, Stage
+from celery_outbox.outbox.scope import (
+    ConnectionScope,
+    NamedSession,
+    Scope,
+    SessionScope,
+    named_scope,
+    naming,
+    open_scopes,
+)
+from celery_outbox.outbox.tracking import watch_engine, watch_sessions
+from celery_outbox.relay.loop import Relay, Tally
+from celery_outbox.relay.publisher import publisher_for
+from celery_outbox.storage import schema
+from celery_outbox.storage.engine import engine_from_url, engine_of, is_same_database
+from celery_outbox.storage.store import Store, row_of
+from celery_outbox.storage.tables import Tables
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.canvas import Signature
+    from celery.result import AsyncResult
+
+__all__ = ["RELAY_TASK", "Outbox", "outbox_of"]
+
+logger = logging.getLogger("celery_outbox")
+
+#: The relay as a task, which celery beat drives. Its own message never goes through the outbox.
+RELAY_TASK = "celery_outbox.relay"
+BEAT_ENTRY = "celery-outbox-relay"
+_SHORTEST_EXPIRY = 5.0
+
+Target: TypeAlias = (
+    "sessionmaker[Any] | scoped_session[Any] | async_sessionmaker[Any] | Engine | AsyncEngine | str"
+)
+Named: TypeAlias = "Session | scoped_session[Any] | AsyncSession | Connection | AsyncConnection"
+
+
+class Outbox:
+    """The outbox of a Celery app, in a database of the app's.
+
+    `target` says which database: a sessionmaker, scoped_session or async_sessionmaker (the best
+    choice: its sessions join the transaction of a durable task by themselves), an engine, or a URL;
+    without it the setting ``outbox_database_url`` does. `metadata` is the app's own, so that Alembic
+    sees the tables; `schema` and `prefix` say where and how they are named.
+
+    Settings are read with the first use, not here, so that the app may be configured later. One app
+    has one Outbox.
+    """
+
+    def __init__(
+        self,
+        app: Celery,
+        target: Target | None = None,
+        *,
+        metadata: MetaData | None = None,
+        schema: str | None = None,
+        prefix: str = "",
+    ) -> None:
+        if installed_in(app) is not None:
+            raise ConfigurationError(f"the app {app.main!r} has an Outbox already")
+        self.app = app
+        self.tables = Tables(metadata, schema=schema, prefix=prefix)
+        self._target = _checked(target)
+        self._ours: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
+        self._relay: tuple[int, Relay] | None = None
+        self._relaying = Lock()
+        self._install()
+
+    def _install(self) -> None:
+        install(self.app, self)
+        _outboxes.add(self)
+        watch_sessions()
+        engine = engine_of(self._target, self.tables.outbox)
+        if engine is not None:
+            watch_engine(engine)
+        if isinstance(self._target, sessionmaker | scoped_session):
+            join_sessions_of(self._target)
+        Capture(self.app, self._choose, self._has_inbox).install()
+        self._add_relay_task()
+        self.app.on_after_configure.connect(self._add_beat_entry, weak=False)
+        self.app.steps["worker"].add(WorkerChecks)
+
+    def _add_relay_task(self) -> None:
+        @self.app.task(name=RELAY_TASK, ignore_result=True, acks_late=False, shared=False)
+        def relay() -> None:
+            self.tick()
+
+    def _add_beat_entry(self, sender: Celery, **_: Any) -> None:
+        seconds = self.config.relay_tick_seconds
+        if seconds:
+            # Ticks that no worker takes must not pile up; a polling transport takes a second or so.
+            options: dict[str, Any] = {"expires": max(seconds, _SHORTEST_EXPIRY)}
+            if self.config.relay_queue:
+                options["queue"] = self.config.relay_queue
+            sender.add_periodic_task(
+                seconds, sender.signature(RELAY_TASK), name=BEAT_ENTRY, **options
+            )
+
+    # What it is made of
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings, read from ``app.conf`` at the first use. Raises `ConfigurationError`."""
+        return Config.read(self.app.conf, list(self.app.conf))
+
+    @cached_property
+    def engine(self) -> Engine:
+        """A synchronous engine of the outbox's database."""
+        engine = engine_of(self._target, self.tables.outbox)
+        if engine is None:
+            url = self._target if isinstance(self._target, str) else self.config.database_url
+            if url is None:
+                raise ConfigurationError(
+                    "the outbox has no database: give Outbox(app, Session), or set "
+                    "outbox_database_url"
+                )
+            engine = engine_from_url(url)
+        watch_engine(engine)
+        return engine
+
+    @cached_property
+    def store(self) -> Store:
+        """The tables of the outbox, transition by transition."""
+        return Store(self.engine, self.tables)
+
+    def make_session(self, connection: Connection) -> Session:
+        """Return a session of the app's kind whose commits stay inside `connection`'s transaction."""
+        target = self._target
+        if isinstance(target, scoped_session):
+            target = target.session_factory
+        make: Callable[..., Session] = target if isinstance(target, sessionmaker) else Session
+        return make(bind=connection, join_transaction_mode="create_savepoint", twophase=False)
+
+    # Sending
+
+    @contextmanager
+    def using(self, target: Named) -> Iterator[None]:
+        """Let what is sent in this block go with the transaction of this session or connection.
+
+        Every task's message, durable or not. A session without a transaction begins one with the
+        first message; a connection must have begun.
+        """
+        with naming(self._scope_of(target)):
+            yield
+
+    def send(self, signature: Signature, *, into: Named) -> AsyncResult:
+        """Send a task, or a canvas, with the transaction of this session or connection."""
+        with self.using(into):
+            return signature.apply_async()
+
+    def _scope_of(self, target: Named) -> Scope:
+        if isinstance(target, scoped_session):
+            target = target()
+        if isinstance(target, AsyncSession):
+            target = target.sync_session
+        if isinstance(target, AsyncConnection):
+            target = _sync_connection(target)
+        if isinstance(target, Session):
+            return NamedSession(target)
+        if not isinstance(target, Connection):
+            raise ConfigurationError(
+                f"a message can go into a session or a connection, not into {target!r}"
+            )
+        if not target.in_transaction():
+            raise NoTransaction("the connection has no transaction: begin() one, then send")
+        watch_engine(target.engine)
+        return ConnectionScope.of(target) or ConnectionScope(target)
+
+    def _choose(self, task: str) -> Stage | None:
+        """Say where a task's message is staged; None: Celery publishes it."""
+        if task == RELAY_TASK:
+            return None
+        named = named_scope()
+        if named is None and not self.config.captures(task, durable=self._is_durable(task)):
+            return None
+        scope = named or self._current_scope(task)
+        if scope is not None:
+            return partial(self._stage_in, scope)
+        match self.config.no_transaction:
+            case "publish":
+                return None
+            case "refuse":
+                raise NoTransaction(
+                    f"{task} was sent with no transaction current, and outbox_no_transaction is "
+                    '"refuse": send it inside one, or name it with outbox.using(session)'
+                )
+            case _:
+                return lambda envelope: self.store.stage_alone(row_of(envelope))
+
+    def _stage_in(self, scope: Scope, envelope: Envelope) -> None:
+        scope.stage(self.store, row_of(envelope))
+
+    def _current_scope(self, task: str) -> Scope | None:
+        scopes = [scope for scope in open_scopes() if self._is_ours(scope)]
+        in_sessions = [scope.connection for scope in scopes if isinstance(scope, SessionScope)]
+        candidates = [
+            scope
+            for scope in scopes
+            if not (isinstance(scope, ConnectionScope) and scope.connection in in_sessions)
+        ]
+        if len(candidates) > 1:
+            raise AmbiguousTransaction(
+                f"{task} was sent while {len(candidates)} transactions are open: say which one it "
+                "goes with, with outbox.using(session)"
+            )
+        return candidates[0] if candidates else None
+
+    def _is_ours(self, scope: Scope) -> bool:
+        """Whether the scope's transaction is one of the outbox's database."""
+        if isinstance(scope, ConnectionScope):
+            connection = scope.connection
+            return connection is not None and self._is_our_engine(connection.engine)
+        if not isinstance(scope, SessionScope) or scope.session is None:
+            return False
+        try:
+            bind = scope.session.get_bind(clause=self.tables.outbox)
+        except UnboundExecutionError:
+            return False
+        return self._is_our_engine(bind.engine)
+
+    def _is_our_engine(self, engine: Engine) -> bool:
+        try:
+            return self._ours[engine]
+        except KeyError:
+            ours = self._ours[engine] = is_same_database(engine, self.engine)
+            if ours:
+                watch_engine(engine)
+            return ours
+
+    def _is_durable(self, task: str) -> bool:
+        return isinstance(self.app._tasks.get(task), DurableTask)
+
+    def _has_inbox(self, task: str) -> bool:
+        found = self.app._tasks.get(task)
+        return isinstance(found, DurableTask) and found.inbox
+
+    # Relaying
+
+    def relay(self) -> Relay:
+        """Return this process's relay, with a connection of its own to the broker."""
+        if self._relay is None or self._relay[0] != os.getpid():
+            publisher = publisher_for(self._connect, self.config.confirm_timeout_seconds)
+            self._relay = (os.getpid(), Relay(self.store, publisher, self.config))
+        return self._relay[1]
+
+    def relay_once(self) -> Tally:
+        """Move one batch of what is due to the broker, now and here; see `Relay.once`."""
+        with self._relaying:
+            return self.relay().once()
+
+    def relay_all(self) -> Tally:
+        """Move what is due to the broker until nothing is left or the broker is away."""
+        with self._relaying:
+            return self.relay().drain()
+
+    def _connect(self) -> Any:
+        # Without heartbeats, which nobody would answer while the relay waits; a dead peer is found
+        # out by the confirm timeout.
+        own = self.app.connection_for_write(heartbeat=0)
+        options = dict(own.transport_options)
+        options.pop("confirm_publish", None)
+        if own.transport.driver_name == "py-amqp":
+            seconds = self.config.confirm_timeout_seconds
+            options |= {"read_timeout": seconds, "write_timeout": seconds}
+        own.transport_options = options
+        return own
+
+    def tick(self) -> None:
+        """One beat of the relay: move what is due, for at most the time of a tick.
+
+        Returns at once if this process is relaying already. Neither the broker's absence nor the
+        database's is an error here: the next tick tries again.
+        """
+        if not self._relaying.acquire(blocking=False):
+            return
+        try:
+            relay = self.relay()
+            relay.drain(self.config.relay_tick_seconds or 1.0)
+            relay.keep_house()
+        except DBAPIError as exc:
+            logger.error("the database is away: %s", exc.orig)
+        finally:
+            self._relaying.release()
+
+    # Schema
+
+    def create_schema(self) -> None:
+        """Create the tables that are missing. Safe to repeat."""
+        schema.create(self.engine, self.tables)
+
+    def drop_schema(self) -> None:
+        """Drop the tables, with every message in them."""
+        schema.drop(self.engine, self.tables)
+
+    def verify_schema(self) -> None:
+        """Raise `SchemaError` unless the tables are there, in the version that this release needs."""
+        schema.verify(self.engine, self.tables)
+
+    def schema_script(self, dialect: str | None = None) -> str:
+        """Return the SQL that creates the tables, for a dialect by name or for the database's own."""
+        return schema.script(self.tables, dialect or self.engine.dialect.name)
+
+
+_outboxes: WeakSet[Outbox] = WeakSet()
+
+
+def outbox_of(app: Celery) -> Outbox:
+    """Return the app's Outbox; raise `ConfigurationError` if it has none."""
+    outbox = installed_in(app)
+    if not isinstance(outbox, Outbox):
+        raise ConfigurationError(
+            f"the app {app.main!r} has no Outbox: add `outbox = Outbox(app, Session)` where it is made"
+        )
+    return outbox
+
+
+def _checked(target: Target | None) -> Target | None:
+    kinds = (sessionmaker, scoped_session, async_sessionmaker, Engine, AsyncEngine, str)
+    if target is not None and not isinstance(target, kinds):
+        raise ConfigurationError(
+            f"Outbox(app, {type(target).__name__}): it takes a sessionmaker, scoped_session, "
+            "async_sessionmaker, engine or database URL"
+        )
+    return target
+
+
+def _sync_connection(connection: AsyncConnection) -> Connection:
+    if connection.sync_connection is None:
+        raise NoTransaction(
+            "the connection is not started: await it, begin() a transaction, then send"
+        )
+    return connection.sync_connection
+
+
+def _forget_connections() -> None:
+    """In a forked child: the parent's connections are the parent's."""
+    for outbox in _outboxes:
+        outbox._relaying = Lock()
+        engine = outbox.__dict__.get("engine")
+        if engine is not None:
+            engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_forget_connections)

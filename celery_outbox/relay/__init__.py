@@ -1,0 +1,1 @@
+"""Outgoing, second half: in the relay's process. Knows kombu, not the user's tasks."""

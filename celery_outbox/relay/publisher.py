@@ -1,0 +1,318 @@
+"""Publishers: a batch goes to the broker, and an outcome comes back for each message."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from amqp.exceptions import FrameSyntaxError
+from kombu import Connection
+from kombu.exceptions import OperationalError
+from kombu.transport import pyamqp, virtual
+
+from celery_outbox.declaration import thaw
+from celery_outbox.envelope import Envelope
+from celery_outbox.errors import ConfigurationError
+from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
+
+_AWAY = (*pyamqp.Transport.connection_errors, OperationalError)
+_CLOSED = pyamqp.Transport.channel_errors
+
+__all__ = ["ConfirmingPublisher", "Publisher", "VirtualPublisher", "publisher_for"]
+
+
+def publisher_for(connect: Callable[[], Connection], confirm_timeout: float) -> Publisher:
+    """Return the publisher for the transport of `connect()`.
+
+    Raises `ConfigurationError` for a transport whose answer to a publish means nothing.
+    """
+    connection = connect()
+    if isinstance(connection.transport, pyamqp.Transport):
+        return ConfirmingPublisher(connect, confirm_timeout)
+    if isinstance(connection.transport, virtual.Transport):
+        return VirtualPublisher(connect, confirm_timeout)
+    raise ConfigurationError(
+        f"broker_url: the transport {connection.transport.driver_name!r} does not confirm what it "
+        "has taken, so that nothing could ever leave the outbox safely; use amqp:// (py-amqp)"
+    )
+
+
+class Publisher(ABC):
+    """One connection to the broker, made when it is needed and again after an error."""
+
+    def __init__(self, connect: Callable[[], Connection], confirm_timeout: float) -> None:
+        self._connect = connect
+        self._confirm_timeout = confirm_timeout
+        self._connection: Connection | None = None
+        self._channel: Any = None
+        self._declared: set[str] = set()
+
+    @abstractmethod
+    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+        """Publish the envelopes, each under a number of the caller's, and return what became of each.
+
+        Never raises for what the broker says, or for its absence.
+        """
+
+    def open(self) -> None:
+        """Connect if need be. Raises what the transport raises when the broker is away."""
+        if self._connection is None:
+            connection = self._connect()
+            connection.ensure_connection(
+                max_retries=1, interval_start=0, timeout=self._confirm_timeout
+            )
+            self._connection = connection
+
+    def close(self) -> None:
+        """Drop the connection. Safe when there is none, or a broken one."""
+        connection, self._connection = self._connection, None
+        self._channel = None
+        self._declared.clear()
+        if connection is not None:
+            connection.collect(socket_timeout=1)
+
+    def _open_channel(self) -> Any:
+        self.open()
+        assert self._connection is not None
+        if self._channel is None:
+            self._channel = self._connection.channel()
+        return self._channel
+
+    def _declare(self, channel: Any, entities: Sequence[Mapping[str, Any]]) -> None:
+        """Declare what was not yet declared on this connection."""
+        for entity in entities:
+            known = repr(entity)
+            if known not in self._declared:
+                thaw(entity)(channel).declare()
+                self._declared.add(known)
+
+    @staticmethod
+    def _message(channel: Any, envelope: Envelope) -> Any:
+        return channel.prepare_message(
+            envelope.body.decode() if envelope.is_text else envelope.body,
+            envelope.priority,
+            envelope.content_type,
+            envelope.content_encoding,
+            dict(envelope.headers),
+            dict(envelope.properties),
+        )
+
+
+class VirtualPublisher(Publisher):
+    """Redis and kombu's embedded transports: a publish that returns was written.
+
+    That is the strongest answer that they give. There is no mandatory flag, so whether an exchange
+    leads anywhere is looked up before.
+    """
+
+    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        for number, envelope in batch:
+            outcomes[number] = outcome = self._publish_one(envelope)
+            if isinstance(outcome, Undecided):
+                self.close()
+                for rest, _ in batch:
+                    outcomes.setdefault(rest, outcome)
+                break
+        return outcomes
+
+    def _publish_one(self, envelope: Envelope) -> Outcome:
+        try:
+            self.open()
+            assert self._connection is not None
+            away = self._connection.connection_errors
+        except Exception as exc:
+            return Undecided(_said(exc))
+        try:
+            channel = self._open_channel()
+            self._declare(channel, envelope.declare)
+            if envelope.mandatory and not self._leads_anywhere(channel, envelope):
+                return Refused(f"unroutable: no queue is bound for {envelope.destination!r}")
+            channel.basic_publish(
+                self._message(channel, envelope),
+                exchange=envelope.exchange,
+                routing_key=envelope.routing_key,
+            )
+        except away as exc:
+            return Undecided(_said(exc))
+        except Exception as exc:
+            return Refused(_said(exc))
+        return Confirmed()
+
+    @staticmethod
+    def _leads_anywhere(channel: Any, envelope: Envelope) -> bool:
+        if not envelope.exchange:
+            return True
+        try:
+            return bool(channel._lookup(envelope.exchange, envelope.routing_key))
+        except LookupError:
+            return False
+
+
+class ConfirmingPublisher(Publisher):
+    """RabbitMQ: publisher confirms, all of a batch in flight at once.
+
+    Each message has its delivery tag; an ack or nack settles its tag, or with ``multiple`` all lower
+    ones. A message that came back (``mandatory``) is acked after it was returned. After any error of
+    the channel the channel is thrown away, for a late ack would be taken for another message's; the
+    broker does not say which message it closed the channel for, so what is left goes one by one.
+    """
+
+    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        try:
+            self._exchange_with(batch, outcomes)
+        except _CLOSED as exc:
+            self._drop_channel()
+            self._one_by_one(batch, outcomes, exc)
+        except _AWAY as exc:
+            self._give_up(batch, outcomes, exc)
+        return outcomes
+
+    def _one_by_one(
+        self,
+        batch: Sequence[tuple[int, Envelope]],
+        outcomes: dict[int, Outcome],
+        error: BaseException,
+    ) -> None:
+        """Find out which message the channel was closed for."""
+        left = [entry for entry in batch if entry[0] not in outcomes]
+        if len(left) == 1:
+            outcomes[left[0][0]] = Refused(_said(error))
+            return
+        for entry in left:
+            try:
+                self._exchange_with([entry], outcomes)
+            except _CLOSED as exc:
+                self._drop_channel()
+                outcomes[entry[0]] = Refused(_said(exc))
+            except _AWAY as exc:
+                self._give_up(batch, outcomes, exc)
+                return
+
+    def _drop_channel(self) -> None:
+        self._channel = None
+        self._declared.clear()
+
+    def _give_up(
+        self,
+        batch: Sequence[tuple[int, Envelope]],
+        outcomes: dict[int, Outcome],
+        error: BaseException,
+    ) -> None:
+        self.close()
+        for number, _ in batch:
+            outcomes.setdefault(number, Undecided(_said(error)))
+
+    def _exchange_with(
+        self, batch: Sequence[tuple[int, Envelope]], outcomes: dict[int, Outcome]
+    ) -> None:
+        """Publish all, then wait until the broker has answered for all.
+
+        What it has answered stands in `outcomes`, also when this raises.
+        """
+        channel = self._confirming_channel()
+        confirms = _Confirms(outcomes)
+        listeners = {
+            "basic_ack": confirms.acked,
+            "basic_nack": confirms.nacked,
+            "basic_return": confirms.returned,
+        }
+        for name, listener in listeners.items():
+            channel.events[name].add(listener)
+        try:
+            for number, envelope in batch:
+                self._declare(channel, envelope.declare)
+                self._send(channel, number, envelope, confirms)
+            deadline = time.monotonic() + self._confirm_timeout
+            while confirms.pending:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(
+                        f"{len(confirms.pending)} messages were not confirmed in time"
+                    )
+                channel.connection.drain_events(timeout=left)
+        finally:
+            for name, listener in listeners.items():
+                channel.events[name].discard(listener)
+
+    def _send(self, channel: Any, number: int, envelope: Envelope, confirms: _Confirms) -> None:
+        self._tag += 1
+        confirms.pending[self._tag] = (number, envelope)
+        try:
+            # basic_publish would wait for each confirm where the user's transport options ask for
+            # confirm_publish, and take any message's ack for this one's.
+            channel._basic_publish(
+                self._message(channel, envelope),
+                exchange=envelope.exchange,
+                routing_key=envelope.routing_key,
+                mandatory=envelope.mandatory,
+                immediate=False,
+            )
+        except Exception as exc:
+            if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
+                raise
+            # AMQP can't say this header or property. Nothing was written, so the broker has not
+            # counted the message either.
+            del confirms.pending[self._tag]
+            self._tag -= 1
+            confirms.outcomes[number] = Refused(_said(exc))
+
+    def _confirming_channel(self) -> Any:
+        if self._channel is None:
+            channel = self._open_channel()
+            channel.confirm_select()
+            self._tag = 0
+        return self._channel
+
+    _tag = 0
+
+
+class _Confirms:
+    """The delivery tags of one batch, and what the broker answered for them."""
+
+    def __init__(self, outcomes: dict[int, Outcome]) -> None:
+        self.outcomes = outcomes
+        #: Delivery tag → the message that was published with it.
+        self.pending: dict[int, tuple[int, Envelope]] = {}
+
+    def acked(self, tag: int, multiple: bool) -> None:
+        for number in self._settle(tag, multiple):
+            # A returned message has its outcome already.
+            self.outcomes.setdefault(number, Confirmed())
+
+    def nacked(self, tag: int, multiple: bool) -> None:
+        for number in self._settle(tag, multiple):
+            self.outcomes[number] = Refused("the broker refused the message (nack: queue full?)")
+
+    def returned(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        # It names no tag. Messages of one address and one id share their fate, so the first will do.
+        correlation_id = message.properties.get("correlation_id")
+        for number, envelope in self.pending.values():
+            if (
+                number not in self.outcomes
+                and envelope.exchange == exchange
+                and envelope.routing_key == routing_key
+                and envelope.properties.get("correlation_id") == correlation_id
+            ):
+                self.outcomes[number] = Refused(
+                    f"unroutable, the broker returned it: {_said(error)} (exchange {exchange!r}, "
+                    f"routing key {routing_key!r})"
+                )
+                return
+
+    def _settle(self, tag: int, multiple: bool) -> list[int]:
+        tags = [known for known in self.pending if known <= tag] if multiple else [tag]
+        settled = [self.pending.pop(known, None) for known in tags]
+        return [entry[0] for entry in settled if entry is not None]
+
+
+def _is_our_own(error: Exception) -> bool:
+    """Whether py-amqp raised this by itself, where the broker's errors name the method at fault."""
+    return isinstance(error, FrameSyntaxError) and error.method_sig is None
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]

@@ -1,0 +1,1 @@
+"""Where both journeys meet the database. Knows SQLAlchemy, neither Celery nor kombu's transports."""

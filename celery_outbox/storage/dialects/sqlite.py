@@ -1,0 +1,63 @@
+"""SQLite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    Executable,
+    Select,
+    String,
+    Table,
+    cast,
+    func,
+    literal_column,
+    type_coerce,
+)
+from sqlalchemy.dialects.sqlite import insert
+
+from celery_outbox.storage.dialects.base import Dialect
+from celery_outbox.storage.tables import UTCDateTime
+
+__all__ = ["SQLite"]
+
+_CLOCK = "%Y-%m-%d %H:%M:%f"
+
+
+class SQLite(Dialect):
+    """SQLite 3.35 and later: one writer at a time.
+
+    A durable task's transaction is a writer from its first statement to its commit, and everybody
+    else (the app, the relay, other tasks) waits for it as long as the connection's ``timeout``.
+    """
+
+    name = "sqlite"
+
+    def now(self) -> ColumnElement[datetime]:
+        return self._clock()
+
+    def after(self, seconds: ColumnElement[float] | float) -> ColumnElement[datetime]:
+        return self._clock(cast(seconds, String).concat(" seconds"))
+
+    def _clock(self, *modifiers: ColumnElement[str]) -> ColumnElement[datetime]:
+        # SQLite's clock has milliseconds; SQLAlchemy reads the fraction as microseconds.
+        clock: ColumnElement[str] = literal_column(f"'{_CLOCK}'")
+        text = func.strftime(clock, literal_column("'now'"), *modifiers).concat("000")
+        return type_coerce(text, UTCDateTime)
+
+    def skip_locked(self, rows: Select[Any]) -> Select[Any]:
+        return rows
+
+    def receive(self, inbox: Table, values: Mapping[str, Any], lock: int) -> Executable:
+        # A concurrent first execution holds the one write lock: "database is locked" after the
+        # connection's timeout, which the inbox takes as busy.
+        return insert(inbox).values(values).on_conflict_do_nothing().returning(inbox.c.key)
+
+    def prepare(self, engine: Engine) -> None:
+        # Readers and the one writer do not block each other; the mode stays with the file.
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")

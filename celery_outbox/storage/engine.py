@@ -1,0 +1,89 @@
+"""Engines: the database that a user's session, engine or URL stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Engine, Table, create_engine, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+from celery_outbox.errors import ConfigurationError
+
+__all__ = ["engine_from_url", "engine_of", "is_same_database"]
+
+#: Drivers that only work in an event loop, and those that reach the same database without one.
+_SYNCHRONOUS = {
+    "postgresql+asyncpg": "postgresql+psycopg",
+    "postgresql+psycopg_async": "postgresql+psycopg",
+    "sqlite+aiosqlite": "sqlite",
+    "mysql+aiomysql": "mysql+pymysql",
+    "mysql+asyncmy": "mysql+pymysql",
+    "mariadb+aiomysql": "mariadb+pymysql",
+    "mariadb+asyncmy": "mariadb+pymysql",
+    "mssql+aioodbc": "mssql+pyodbc",
+}
+
+
+def engine_of(target: Any, table: Table) -> Engine | None:
+    """Return a synchronous engine for `target`, or None if it has no engine yet."""
+    if isinstance(target, scoped_session):
+        target = target.session_factory
+    if isinstance(target, async_sessionmaker):
+        target = target.kw.get("bind")
+    if isinstance(target, sessionmaker):
+        try:
+            with target() as session:
+                target = session.get_bind(clause=table)
+        except UnboundExecutionError:
+            return None
+    if isinstance(target, AsyncEngine):
+        return _synchronous(target)
+    engine = getattr(target, "engine", None)
+    return engine if isinstance(engine, Engine) else None
+
+
+def engine_from_url(url: str) -> Engine:
+    """Return an engine for a URL; raise `ConfigurationError` that names what is wrong with it."""
+    try:
+        parsed = make_url(url)
+        return create_engine(parsed.set(drivername=_driver(parsed)))
+    except ArgumentError:
+        # The URL may hold a password: not in the message.
+        raise ConfigurationError(
+            "outbox_database_url is not a database URL; it looks like "
+            "postgresql+psycopg://user@host/database or sqlite:///path"
+        ) from None
+    except (NoSuchModuleError, ImportError) as exc:
+        raise ConfigurationError(
+            f"outbox_database_url: {parsed.drivername!r} can't be used here: {exc}; install the "
+            "driver (for PostgreSQL: pip install 'celery-outbox[psycopg]')"
+        ) from exc
+
+
+def is_same_database(one: Engine, other: Engine) -> bool:
+    """Whether two engines reach the same database, be it by other drivers or users."""
+    if one is other:
+        return True
+    first, second = _identity(one.url), _identity(other.url)
+    return first == second and first[-1] not in (None, "", ":memory:")
+
+
+def _identity(url: URL) -> tuple[str, str | None, int | None, str | None]:
+    return url.get_backend_name(), url.host, url.port, url.database
+
+
+def _driver(url: URL) -> str:
+    return _SYNCHRONOUS.get(url.drivername, url.drivername)
+
+
+def _synchronous(engine: AsyncEngine) -> Engine:
+    driver = _driver(engine.url)
+    if driver == "postgresql+psycopg" or driver != engine.url.drivername:
+        return create_engine(engine.url.set(drivername=driver))
+    raise ConfigurationError(
+        f"the relay needs a driver without an event loop for {engine.url.drivername!r}: "
+        "give Outbox(app) the URL in outbox_database_url"
+    )

@@ -1,0 +1,291 @@
+"""Store: every transition of an envelope and of a delivery, one method each."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Float,
+    Row,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from celery_outbox.envelope import Envelope
+from celery_outbox.errors import EnvelopeError
+from celery_outbox.storage.dialects import dialect_for
+from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
+
+__all__ = ["Batch", "Claimed", "Handled", "Settlement", "Store", "row_of"]
+
+#: The state of an inbox row whose transaction has not committed: no other transaction ever sees it.
+_STARTED = "STARTED"
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A row under our lease: `envelope`, or the `error` for which it can't be read."""
+
+    id: int
+    attempts: int
+    task: str
+    task_id: str
+    created_at: datetime
+    envelope: Envelope | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one claim took: `token` proves the lease, `now` is the database's time of the claim."""
+
+    token: str
+    now: datetime | None
+    rows: Sequence[Claimed]
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What becomes of each row of a batch, by row id."""
+
+    confirmed: list[int] = field(default_factory=list)
+    #: Confirmed, but kept until handled: id → seconds until it is sent again.
+    kept: dict[int, float] = field(default_factory=dict)
+    #: id → (seconds until the next attempt, error)
+    retried: dict[int, tuple[float, str]] = field(default_factory=dict)
+    #: id → error
+    dead: dict[int, str] = field(default_factory=dict)
+    #: Given back uncounted: the broker was at fault. All for `release_after_seconds`.
+    released: list[int] = field(default_factory=list)
+    release_after_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Handled:
+    """The inbox's record of an execution that has committed."""
+
+    key: str
+    state: str
+    outcome: str | None
+
+
+class Store:
+    """The tables of one outbox in one database.
+
+    Methods that take a `connection` run in its transaction and never commit; the others run in a
+    short transaction of their own.
+    """
+
+    def __init__(self, engine: Engine, tables: Tables) -> None:
+        self.engine = engine
+        self.tables = tables
+        self.dialect = dialect_for(engine.dialect.name)
+        outbox = tables.outbox
+        self._stage = insert(outbox).values(
+            attempts=0,
+            created_at=self.dialect.now(),
+            available_at=func.coalesce(
+                bindparam("not_before", type_=UTCDateTime), self.dialect.now()
+            ),
+        )
+
+    # Outgoing
+
+    def stage(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert envelopes, as `row_of` gives them, into the caller's transaction."""
+        connection.execute(self._stage, list(rows))
+
+    def stage_alone(self, row: Mapping[str, Any]) -> None:
+        """Insert one envelope in a transaction of its own, committed at the return."""
+        with self.engine.begin() as connection:
+            self.stage(connection, [row])
+
+    def claim(self, limit: int, lease_seconds: float) -> Batch:
+        """Take up to `limit` available envelopes under a lease; each counts an attempt."""
+        token = str(uuid.uuid4())
+        with self.engine.begin() as connection:
+            rows = self.dialect.claim(
+                connection,
+                self.tables.outbox,
+                limit=limit,
+                lease_seconds=lease_seconds,
+                token=token,
+            )
+        rows = sorted(rows, key=lambda row: int(row.id))
+        return Batch(token, rows[0].now if rows else None, [_claimed(row) for row in rows])
+
+    def settle(self, batch: Batch, settlement: Settlement) -> int:
+        """Write what became of each row whose lease is ours; return how many leases were lost."""
+        outbox = self.tables.outbox
+        ours = outbox.c.lease_token == batch.token
+        one = update(outbox).where(outbox.c.id == bindparam("row"), ours).values(lease_token=None)
+        later = self.dialect.after(bindparam("seconds", type_=Float))
+        settled = 0
+        with self.engine.begin() as connection:
+            if settlement.confirmed:
+                confirmed = delete(outbox).where(outbox.c.id.in_(settlement.confirmed), ours)
+                settled += connection.execute(confirmed).rowcount
+            if settlement.kept:
+                kept = one.values(
+                    attempts=0,
+                    last_error=None,
+                    published_at=self.dialect.now(),
+                    available_at=later,
+                )
+                rows = [{"row": key, "seconds": after} for key, after in settlement.kept.items()]
+                settled += connection.execute(kept, rows).rowcount
+            if settlement.retried:
+                retried = one.values(last_error=bindparam("error"), available_at=later)
+                failures = [
+                    {"row": key, "seconds": after, "error": error}
+                    for key, (after, error) in settlement.retried.items()
+                ]
+                settled += connection.execute(retried, failures).rowcount
+            if settlement.released:
+                released = update(outbox).where(outbox.c.id.in_(settlement.released), ours)
+                released = released.values(
+                    lease_token=None,
+                    attempts=outbox.c.attempts - 1,
+                    available_at=self.dialect.after(settlement.release_after_seconds),
+                )
+                settled += connection.execute(released).rowcount
+            for row_id, error in settlement.dead.items():
+                settled += self._bury(connection, row_id, batch.token, error)
+        return len(batch.rows) - settled
+
+    def _bury(self, connection: Connection, row_id: int, token: str, error: str) -> int:
+        """Move a row to the dead letters, if the lease is still ours."""
+        outbox, dead = self.tables.outbox, self.tables.dead_letter
+        ours = (outbox.c.id == row_id) & (outbox.c.lease_token == token)
+        row = connection.execute(select(outbox).where(ours).with_for_update()).first()
+        if row is None:
+            return 0
+        values = {name: value for name, value in row._mapping.items() if name in dead.c}
+        values |= {"last_error": error, "died_at": self.dialect.now()}
+        connection.execute(insert(dead).values(values))
+        return connection.execute(delete(outbox).where(ours)).rowcount
+
+    # Incoming
+
+    def receive(self, connection: Connection, key: str, task: str, task_id: str) -> bool:
+        """Claim an execution for this transaction; False if it was handled or is being handled."""
+        values = {
+            "key": key,
+            "task": task[:NAME_LENGTH],
+            "task_id": task_id[:NAME_LENGTH],
+            "state": _STARTED,
+            "handled_at": self.dialect.now(),
+        }
+        lock = int.from_bytes(
+            sha256(b"celery_outbox:" + key.encode()).digest()[:8], "big", signed=True
+        )
+        claim = self.dialect.receive(self.tables.inbox, values, lock)
+        return connection.execute(claim).first() is not None
+
+    def handled(self, connection: Connection, key: str) -> Handled | None:
+        """Return the record of an execution, if one has committed."""
+        inbox = self.tables.inbox
+        row = connection.execute(select(inbox).where(inbox.c.key == key)).first()
+        return None if row is None else Handled(row.key, row.state, row.outcome)
+
+    def record(
+        self, connection: Connection, key: str, state: str, outcome: str | None, *, forget: bool
+    ) -> None:
+        """Write the outcome of the claimed execution; with `forget`, drop its kept envelope."""
+        inbox = self.tables.inbox
+        recorded = update(inbox).where(inbox.c.key == key)
+        connection.execute(recorded.values(state=state, outcome=outcome))
+        if forget:
+            self.forget(connection, key)
+
+    def forget(self, connection: Connection, key: str) -> int:
+        """Delete the envelope of an execution that needs no further delivery."""
+        outbox = self.tables.outbox
+        return connection.execute(delete(outbox).where(outbox.c.key == key)).rowcount
+
+    # Keeping house
+
+    def prune_inbox(self, retention_seconds: float, chunk: int = 1000) -> int:
+        """Delete up to `chunk` inbox rows older than the retention; return how many."""
+        inbox = self.tables.inbox
+        old = (
+            select(inbox.c.key)
+            .where(inbox.c.handled_at < self.dialect.after(-retention_seconds))
+            .order_by(inbox.c.handled_at)
+            .limit(chunk)
+        )
+        with self.engine.begin() as connection:
+            keys = connection.execute(self.dialect.skip_locked(old)).scalars().all()
+            if not keys:
+                return 0
+            return connection.execute(delete(inbox).where(inbox.c.key.in_(keys))).rowcount
+
+    def counts(self) -> dict[str, int]:
+        """Return how many messages are in each state; "published" are kept until handled."""
+        outbox = self.tables.outbox
+        leased = outbox.c.lease_token.is_not(None) & (outbox.c.available_at > self.dialect.now())
+        kept = outbox.c.published_at.is_not(None) & ~leased
+        scheduled = (outbox.c.due_at > self.dialect.now()) & ~leased & ~kept
+
+        def count(condition: Any) -> Any:
+            return func.count().filter(condition)
+
+        with self.engine.connect() as connection:
+            total, in_flight, published, waiting = connection.execute(
+                select(func.count(), count(leased), count(kept), count(scheduled)).select_from(
+                    outbox
+                )
+            ).one()
+            dead = connection.execute(select(func.count()).select_from(self.tables.dead_letter))
+            incoming = connection.execute(select(func.count()).select_from(self.tables.inbox))
+            return {
+                "outgoing": total - in_flight - published - waiting,
+                "scheduled": waiting,
+                "in_flight": in_flight,
+                "published": published,
+                "dead": dead.scalar_one(),
+                "incoming": incoming.scalar_one(),
+            }
+
+
+def row_of(envelope: Envelope) -> Mapping[str, Any]:
+    """Return the envelope as a row; raise `EnvelopeError` if its headers can't be stored."""
+    return {
+        "key": envelope.key,
+        "task": envelope.task[:NAME_LENGTH],
+        "task_id": envelope.task_id[:NAME_LENGTH],
+        "destination": envelope.destination[:NAME_LENGTH],
+        "body": envelope.body,
+        "message": envelope.dump(),
+        "due_at": envelope.due_at,
+        "not_before": envelope.due_at,
+        "expires_at": envelope.expires_at,
+    }
+
+
+def _claimed(row: Row[Any]) -> Claimed:
+    envelope, error = None, None
+    try:
+        envelope = Envelope.load(
+            row.message,
+            task=row.task,
+            task_id=row.task_id,
+            key=row.key,
+            body=row.body,
+            due_at=row.due_at,
+            expires_at=row.expires_at,
+        )
+    except EnvelopeError as exc:
+        error = str(exc)
+    return Claimed(row.id, row.attempts, row.task, row.task_id, row.created_at, envelope, error)

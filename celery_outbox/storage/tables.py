@@ -1,0 +1,119 @@
+"""Tables: outbox, inbox, dead letters and the schema version, as one SQLAlchemy Core definition."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+from celery_outbox.envelope import KEY_LENGTH
+
+__all__ = ["NAME_LENGTH", "Tables", "UTCDateTime"]
+
+#: Task names, ids and destinations are shown to operators only; longer ones are cut.
+NAME_LENGTH = 255
+
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """A time zone aware time, stored as UTC where the database knows no zones."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Turn `value` into UTC."""
+        if value is None:
+            return None
+        value = value.astimezone(timezone.utc)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give `value` its zone back."""
+        if value is None or value.tzinfo is not None:
+            return value
+        return value.replace(tzinfo=timezone.utc)
+
+
+class Tables:
+    """The tables of one outbox, in the user's own `metadata` if given, so that Alembic sees them.
+
+    `prefix` stands before each table's name; `schema` is the database schema.
+    """
+
+    def __init__(
+        self, metadata: MetaData | None = None, *, schema: str | None = None, prefix: str = ""
+    ) -> None:
+        # Not `metadata or …`: an empty MetaData of the user's must still be taken.
+        self.metadata = MetaData() if metadata is None else metadata
+
+        def table(name: str, *columns: Any) -> Table:
+            return Table(prefix + name, self.metadata, *columns, schema=schema)
+
+        def stored_message() -> list[Column[Any]]:
+            return [
+                # What tells one execution of a task from another; the inbox has the same key.
+                Column("key", String(KEY_LENGTH), nullable=False),
+                Column("task", String(NAME_LENGTH), nullable=False),
+                Column("task_id", String(NAME_LENGTH), nullable=False),
+                Column("destination", String(NAME_LENGTH), nullable=False),
+                Column("body", LargeBinary, nullable=False),
+                Column("message", Text, nullable=False),
+                Column("created_at", UTCDateTime, nullable=False),
+                # The eta: not before. NULL: at once.
+                Column("due_at", UTCDateTime),
+                Column("expires_at", UTCDateTime),
+                Column("attempts", Integer, nullable=False, default=0),
+                Column("last_error", Text),
+            ]
+
+        #: A row is a message that waits. No status: its state is `available_at` and the lease.
+        self.outbox = table(
+            "outbox",
+            Column("id", _Id, primary_key=True, autoincrement=True),
+            *stored_message(),
+            # When the next relay may take the row: due time, end of the lease, end of the backoff.
+            Column("available_at", UTCDateTime, nullable=False),
+            Column("lease_token", String(36)),
+            # Set where a published envelope is kept until it is handled.
+            Column("published_at", UTCDateTime),
+        )
+        self.inbox = table(
+            "inbox",
+            Column("key", String(KEY_LENGTH), primary_key=True),
+            Column("task", String(NAME_LENGTH), nullable=False),
+            Column("task_id", String(NAME_LENGTH), nullable=False),
+            Column("state", String(16), nullable=False),
+            # The encoded outcome, for duplicates (see `celery_outbox.inbox.record`).
+            Column("outcome", Text),
+            Column("handled_at", UTCDateTime, nullable=False),
+        )
+        self.dead_letter = table(
+            "outbox_dead_letter",
+            Column("id", _Id, primary_key=True, autoincrement=False),
+            *stored_message(),
+            Column("died_at", UTCDateTime, nullable=False),
+        )
+        self.version = table("outbox_schema", Column("version", Integer, primary_key=True))
+        Index(f"ix_{prefix}outbox_available", self.outbox.c.available_at, self.outbox.c.id)
+        Index(f"ix_{prefix}outbox_key", self.outbox.c.key)
+        Index(f"ix_{prefix}inbox_handled", self.inbox.c.handled_at)
+
+    def all(self) -> list[Table]:
+        """Return the tables in the order in which they are created."""
+        return [self.outbox, self.inbox, self.dead_letter, self.version]
