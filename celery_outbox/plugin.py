@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
+from celery.signals import beat_init
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
@@ -19,7 +20,12 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from celery_outbox.checks import WorkerChecks
 from celery_outbox.config import Config
 from celery_outbox.envelope import Envelope
-from celery_outbox.errors import AmbiguousTransaction, ConfigurationError, NoTransaction
+from celery_outbox.errors import (
+    AmbiguousTransaction,
+    ConfigurationError,
+    NoTransaction,
+    OutboxError,
+)
 from celery_outbox.inbox.installation import install, installed_in
 from celery_outbox.inbox.joining import join_sessions_of
 from celery_outbox.inbox.task import DurableTask
@@ -103,7 +109,11 @@ class Outbox:
             join_sessions_of(self._target)
         Capture(self.app, self._choose, self._has_inbox).install()
         self._add_relay_task()
-        self.app.on_after_configure.connect(self._add_beat_entry, weak=False)
+        if self.app.configured:
+            self._add_beat_entry(self.app)
+        else:
+            self.app.on_after_configure.connect(self._add_beat_entry)
+        beat_init.connect(self._check_beat)
         self.app.steps["worker"].add(WorkerChecks)
 
     def _add_relay_task(self) -> None:
@@ -112,15 +122,32 @@ class Outbox:
             self.tick()
 
     def _add_beat_entry(self, sender: Celery, **_: Any) -> None:
+        if entry := self._beat_entry():
+            # A new dict: the default one belongs to all apps of the process.
+            sender.conf.beat_schedule = {BEAT_ENTRY: entry, **sender.conf.beat_schedule}
+
+    def _beat_entry(self) -> dict[str, Any] | None:
         seconds = self.config.relay_tick_seconds
-        if seconds:
-            # Ticks that no worker takes must not pile up; a polling transport takes a second or so.
-            options: dict[str, Any] = {"expires": max(seconds, _SHORTEST_EXPIRY)}
-            if self.config.relay_queue:
-                options["queue"] = self.config.relay_queue
-            sender.add_periodic_task(
-                seconds, sender.signature(RELAY_TASK), name=BEAT_ENTRY, **options
-            )
+        if not seconds:
+            return None
+        # Ticks that no worker takes must not pile up; a polling transport takes a second or so.
+        options: dict[str, Any] = {"expires": max(seconds, _SHORTEST_EXPIRY)}
+        if self.config.relay_queue:
+            options["queue"] = self.config.relay_queue
+        return {"task": RELAY_TASK, "schedule": seconds, "options": options}
+
+    def _check_beat(self, sender: Any, **_: Any) -> None:
+        """Beat does not start with what could leave messages behind."""
+        if sender.app is not self.app:
+            return
+        try:
+            entry = self._beat_entry()
+        except OutboxError as exc:
+            # An Exception would be logged by the signal, and beat would go on.
+            raise SystemExit(f"beat: {exc}") from exc
+        # Who assigns to app.conf.beat_schedule late has replaced our entry.
+        if entry and BEAT_ENTRY not in sender.scheduler.schedule:
+            sender.scheduler.update_from_dict({BEAT_ENTRY: entry})
 
     # What it is made of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
-from weakref import WeakKeyDictionary
 
 from celery_outbox.errors import NotInstalled
 
@@ -33,17 +32,19 @@ class Installation(Protocol):
         """Return a session of the app's kind whose commits stay inside `connection`'s transaction."""
 
 
-_installations: WeakKeyDictionary[Celery, Installation] = WeakKeyDictionary()
+#: On the app itself: a registry beside it would keep both alive for ever.
+_ATTRIBUTE = "_celery_outbox"
 
 
 def install(app: Celery, installation: Installation) -> None:
     """Make `installation` the app's."""
-    _installations[app] = installation
+    setattr(app, _ATTRIBUTE, installation)
 
 
 def installed_in(app: Celery) -> Installation | None:
     """Return the app's installation, if it has one."""
-    return _installations.get(app)
+    installation: Installation | None = getattr(app, _ATTRIBUTE, None)
+    return installation
 
 
 def installation_of(app: Celery, task: str) -> Installation:

@@ -61,9 +61,10 @@ def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> A
 def given_back(reason: BaseException) -> Any:
     """Return the tracer's answer for a delivery that goes back to the broker.
 
-    Returned, not raised: only the prefork pool handles a `Reject` that comes out of the tracer.
+    Returned, not raised: only the prefork pool handles a `Reject` that comes out of the tracer. And
+    as text, for it is pickled on its way to the worker's main process.
     """
-    return _answer(states.REJECTED, Reject(reason, requeue=True))
+    return _answer(states.REJECTED, Reject(str(reason), requeue=True))
 
 
 def _answer(state: str, exception: Exception) -> Any:

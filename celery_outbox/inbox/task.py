@@ -12,7 +12,7 @@ from celery.exceptions import Ignore
 from sqlalchemy.exc import DBAPIError
 
 from celery_outbox import events
-from celery_outbox.errors import NoTransaction
+from celery_outbox.errors import NotInstalled, NoTransaction
 from celery_outbox.inbox.backend import DurableBackend
 from celery_outbox.inbox.installation import Installation, installation_of
 from celery_outbox.inbox.replay import given_back, replay
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["DurableTask", "current_session"]
 
 logger = logging.getLogger("celery_outbox.inbox")
+
+_PAUSE_WITHOUT_OUTBOX = 5.0
 
 
 def current_session() -> Session:
@@ -120,8 +122,15 @@ class DurableTask(Task):
         kwargs: Any,
         request: Mapping[str, Any],
     ) -> Any:
+        try:
+            installation = self.installation
+        except NotInstalled as exc:
+            # Better a message that goes round than one that is lost.
+            logger.error("%s[%s] goes back: %s", self.name, uuid, exc)
+            time.sleep(_PAUSE_WITHOUT_OUTBOX)
+            return given_back(exc)
         transaction = InboxTransaction(
-            self.installation, {"task": self.name, **request}, holds_session=self.holds_session
+            installation, {"task": self.name, **request}, holds_session=self.holds_session
         )
         try:
             handled = transaction.begin()
@@ -146,6 +155,8 @@ class DurableTask(Task):
             if state == states.RETRY:
                 transaction.roll_back()
             transaction.commit(state)
+        elif state == states.REJECTED and not answer.info.retval.requeue:
+            transaction.forget()
 
     def _give_back(self, transaction: InboxTransaction, reason: BaseException) -> Any:
         """Requeue the delivery, after a pause: a broker redelivers at once, hundreds a second."""

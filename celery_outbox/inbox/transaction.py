@@ -180,6 +180,14 @@ class InboxTransaction:
         self._close()
         events.emit(events.HANDLED, key=self.key, state=state)
 
+    def forget(self) -> None:
+        """Undo everything, and let a kept envelope not be sent again: nobody wants the message."""
+        self.roll_back()
+        store = self._installation.store
+        if self._installation.config.keep_until_handled:
+            with store.engine.begin() as connection:
+                store.forget(connection, self.key)
+
     def broken(self) -> bool:
         """Whether the connection was lost under the body."""
         return self._connection is not None and self._connection.invalidated

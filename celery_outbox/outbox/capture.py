@@ -74,6 +74,12 @@ class Capture:
             return backend
 
         self._app._get_backend = get_backend_that_waits
+        for made in (
+            getattr(self._app._local, "backend", None),
+            getattr(self._app, "_backend_cache", None),
+        ):
+            if made is not None:
+                self._put_off_calls(made)
 
     def _put_off_calls(self, backend: Any) -> None:
         """Let ``on_task_call`` happen only for messages that are really published now.

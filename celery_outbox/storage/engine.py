@@ -50,17 +50,17 @@ def engine_from_url(url: str) -> Engine:
     try:
         parsed = make_url(url)
         return create_engine(parsed.set(drivername=_driver(parsed)))
+    except (NoSuchModuleError, ImportError) as exc:
+        raise ConfigurationError(
+            f"the outbox's database URL: {parsed.drivername!r} can't be used here: {exc}; install "
+            "the driver (for PostgreSQL: pip install 'celery-outbox[psycopg]')"
+        ) from exc
     except ArgumentError:
         # The URL may hold a password: not in the message.
         raise ConfigurationError(
-            "outbox_database_url is not a database URL; it looks like "
-            "postgresql+psycopg://user@host/database or sqlite:///path"
+            "the outbox's database URL (Outbox(app, url) or outbox_database_url) is none; it looks "
+            "like postgresql+psycopg://user@host/database or sqlite:///path"
         ) from None
-    except (NoSuchModuleError, ImportError) as exc:
-        raise ConfigurationError(
-            f"outbox_database_url: {parsed.drivername!r} can't be used here: {exc}; install the "
-            "driver (for PostgreSQL: pip install 'celery-outbox[psycopg]')"
-        ) from exc
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:

@@ -20,7 +20,9 @@ _CREATE = "run `celery -A <your app> outbox schema create`"
 
 def create(engine: Engine, tables: Tables) -> None:
     """Create what is missing and write the version, in one transaction. Safe to repeat."""
-    dialect_for(engine.dialect.name).prepare(engine)
+    dialect = dialect_for(engine.dialect.name)
+    dialect.check(engine)
+    dialect.prepare(engine)
     with engine.begin() as connection:
         tables.metadata.create_all(connection, tables=tables.all())
         connection.execute(delete(tables.version))
@@ -56,6 +58,7 @@ def verify(engine: Engine, tables: Tables) -> None:
 
     Raises SQLAlchemy's `DBAPIError` when the database can't be asked.
     """
+    dialect_for(engine.dialect.name).check(engine)
     inspector = inspect(engine)
     database = engine.url.render_as_string(hide_password=True)
     for table in tables.all():

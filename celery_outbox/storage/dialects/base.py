@@ -80,5 +80,8 @@ class Dialect:
         """
         raise NotImplementedError
 
+    def check(self, engine: Engine) -> None:
+        """Raise `ConfigurationError` if the database can't be what the outbox needs."""
+
     def prepare(self, engine: Engine) -> None:
         """Do what must be done once for a new database, outside any transaction."""

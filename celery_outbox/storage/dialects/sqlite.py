@@ -19,7 +19,9 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import OperationalError
 
+from celery_outbox.errors import ConfigurationError
 from celery_outbox.storage.dialects.base import Dialect
 from celery_outbox.storage.tables import UTCDateTime
 
@@ -56,6 +58,22 @@ class SQLite(Dialect):
         # A concurrent first execution holds the one write lock: "database is locked" after the
         # connection's timeout, which the inbox takes as busy.
         return insert(inbox).values(values).on_conflict_do_nothing().returning(inbox.c.key)
+
+    def check(self, engine: Engine) -> None:
+        try:
+            with engine.connect() as connection:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                # BEGIN alone is content with a file that can only be read.
+                mark = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+                connection.exec_driver_sql(f"PRAGMA user_version = {int(mark)}")
+                connection.exec_driver_sql("ROLLBACK")
+        except OperationalError as exc:
+            reason = str(exc.orig)
+            if "locked" not in reason:
+                raise ConfigurationError(
+                    f"the SQLite file {engine.url.database!r} can't be written: {reason}; give it "
+                    "a folder that exists and that this process may write to"
+                ) from exc
 
     def prepare(self, engine: Engine) -> None:
         # Readers and the one writer do not block each other; the mode stays with the file.
