@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary, WeakSet
 from celery.signals import beat_init
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_outbox.checks import WorkerChecks
@@ -43,6 +42,12 @@ from celery_outbox.outbox.tracking import watch_engine, watch_sessions
 from celery_outbox.relay.loop import Relay, Tally
 from celery_outbox.relay.publisher import publisher_for
 from celery_outbox.storage import schema
+from celery_outbox.storage.asynchronous import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+)
 from celery_outbox.storage.engine import engine_from_url, engine_of, is_same_database
 from celery_outbox.storage.store import Store, row_of
 from celery_outbox.storage.tables import Tables

@@ -257,13 +257,15 @@ class StagingProducer(Producer):
 
 def _address(connection: Connection) -> tuple[Any, ...]:
     # Connection's own equality also compares transport options, which kombu's publish changes; and
-    # a pool's connections have their host filled in.
+    # a pool's connections have the transport's defaults filled in.
+    defaults = connection.transport.default_connection_params
+    host = connection.hostname or defaults.get("hostname")
     return (
-        connection.transport_cls,
-        connection.hostname or "localhost",
-        connection.port,
-        connection.userid,
-        connection.virtual_host,
+        connection.get_transport_cls(),
+        "127.0.0.1" if host in (None, "localhost") else host,
+        connection.port or defaults.get("port"),
+        connection.userid or defaults.get("userid"),
+        connection.virtual_host or defaults.get("virtual_host"),
     )
 
 

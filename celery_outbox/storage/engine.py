@@ -7,10 +7,10 @@ from typing import Any
 from sqlalchemy import Engine, Table, create_engine, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from celery_outbox.errors import ConfigurationError
+from celery_outbox.storage.asynchronous import AsyncEngine, async_sessionmaker
 
 __all__ = ["engine_from_url", "engine_of", "is_same_database"]
 
