@@ -1,0 +1,75 @@
+"""The servers and databases that tests ask for.
+
+Servers start when the first test asks, are shared by all, and end with the session. What a test
+gets is empty and its own: a database, a vhost, a Redis database. Tests that kill or pause a server
+start one of their own (`tests.support.servers`). A server that is not installed is an error, never
+a skip.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import PostgreSQL, RabbitMQ, Redis
+
+_redis_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgreSQL]:
+    """The shared PostgreSQL: don't kill it."""
+    with PostgreSQL() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server() -> Iterator[RabbitMQ]:
+    """The shared RabbitMQ: don't kill it."""
+    with RabbitMQ() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[Redis]:
+    """The shared Redis: don't kill it."""
+    with Redis() as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
+    """The SQLAlchemy URL of an empty PostgreSQL database, dropped afterwards."""
+    url = postgresql_server.create_database()
+    yield url
+    postgresql_server.drop_database(url)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The SQLAlchemy URL of a SQLite file that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'test.sqlite'}"
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The test runs once with `postgresql_url` and once with `sqlite_url`."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+def amqp_url(rabbitmq_server: RabbitMQ) -> Iterator[str]:
+    """The URL of an empty RabbitMQ vhost, deleted afterwards with all connections to it."""
+    url = rabbitmq_server.create_vhost()
+    yield url
+    rabbitmq_server.delete_vhost(url)
+
+
+@pytest.fixture
+def redis_url(redis_server: Redis) -> str:
+    """The URL of an empty Redis database; its number comes round again after 64 tests."""
+    number = next(_redis_numbers) % redis_server.databases
+    redis_server.flush(number)
+    return redis_server.database_url(number)
