@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
+from celery import Task
 from celery.signals import beat_init
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
@@ -48,7 +49,12 @@ from celery_outbox.storage.asynchronous import (
     AsyncSession,
     async_sessionmaker,
 )
-from celery_outbox.storage.engine import engine_from_url, engine_of, is_same_database
+from celery_outbox.storage.engine import (
+    engine_from_url,
+    engine_of,
+    is_same_database,
+    working_engine_of,
+)
 from celery_outbox.storage.store import Store, row_of
 from celery_outbox.storage.tables import Tables
 
@@ -107,7 +113,7 @@ class Outbox:
         install(self.app, self)
         _outboxes.add(self)
         watch_sessions()
-        engine = engine_of(self._target, self.tables.outbox)
+        engine = working_engine_of(self._target, self.tables.outbox)
         if engine is not None:
             watch_engine(engine)
         if isinstance(self._target, sessionmaker | scoped_session):
@@ -122,7 +128,10 @@ class Outbox:
         self.app.steps["worker"].add(WorkerChecks)
 
     def _add_relay_task(self) -> None:
-        @self.app.task(name=RELAY_TASK, ignore_result=True, acks_late=False, shared=False)
+        # Stock, whatever class the app's tasks have.
+        @self.app.task(
+            name=RELAY_TASK, base=Task, ignore_result=True, acks_late=False, shared=False
+        )
         def relay() -> None:
             self.tick()
 
@@ -250,7 +259,9 @@ class Outbox:
 
     def _current_scope(self, task: str) -> Scope | None:
         scopes = [scope for scope in open_scopes() if self._is_ours(scope)]
-        in_sessions = [scope.connection for scope in scopes if isinstance(scope, SessionScope)]
+        in_sessions = [
+            self._connection_of(scope) for scope in scopes if isinstance(scope, SessionScope)
+        ]
         candidates = [
             scope
             for scope in scopes
@@ -262,6 +273,11 @@ class Outbox:
                 "goes with, with outbox.using(session)"
             )
         return candidates[0] if candidates else None
+
+    def _connection_of(self, scope: SessionScope) -> Connection | None:
+        """The connection on which the session works, or on which it will: the one it was given."""
+        bind = None if scope.session is None else scope.session.get_bind(clause=self.tables.outbox)
+        return bind if isinstance(bind, Connection) else scope.connection
 
     def _is_ours(self, scope: Scope) -> bool:
         """Whether the scope's transaction is one of the outbox's database."""

@@ -12,7 +12,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from celery_outbox.errors import ConfigurationError
 from celery_outbox.storage.asynchronous import AsyncEngine, async_sessionmaker
 
-__all__ = ["engine_from_url", "engine_of", "is_same_database"]
+__all__ = ["engine_from_url", "engine_of", "is_same_database", "working_engine_of"]
 
 #: Drivers that only work in an event loop, and those that reach the same database without one.
 _SYNCHRONOUS = {
@@ -29,6 +29,20 @@ _SYNCHRONOUS = {
 
 def engine_of(target: Any, table: Table) -> Engine | None:
     """Return a synchronous engine for `target`, or None if it has no engine yet."""
+    bind = _bind_of(target, table)
+    if isinstance(bind, AsyncEngine):
+        return _synchronous(bind)
+    engine = getattr(bind, "engine", None)
+    return engine if isinstance(engine, Engine) else None
+
+
+def working_engine_of(target: Any, table: Table) -> Engine | None:
+    """Return the engine on which the app's own transactions run: of an AsyncEngine, the one inside."""
+    bind = _bind_of(target, table)
+    return bind.sync_engine if isinstance(bind, AsyncEngine) else engine_of(bind, table)
+
+
+def _bind_of(target: Any, table: Table) -> Any:
     if isinstance(target, scoped_session):
         target = target.session_factory
     if isinstance(target, async_sessionmaker):
@@ -39,10 +53,7 @@ def engine_of(target: Any, table: Table) -> Engine | None:
                 target = session.get_bind(clause=table)
         except UnboundExecutionError:
             return None
-    if isinstance(target, AsyncEngine):
-        return _synchronous(target)
-    engine = getattr(target, "engine", None)
-    return engine if isinstance(engine, Engine) else None
+    return target
 
 
 def engine_from_url(url: str) -> Engine:
