@@ -27,12 +27,12 @@ _DELAY_BITS = 28
 _DELAYED_KEY = re.compile(rf"(?:[01]\.){{{_DELAY_BITS}}}")
 
 
-def message_key(headers: Mapping[str, Any]) -> str:
+def message_key(headers: Mapping[str, Any], part: str = "") -> str:
     """Return what tells one execution of a task from another.
 
     The task id alone does not: the same id runs again by right as a retry (``retries``), as its own
     replacement (``replaced_task_nesting``), and in a group that holds one frozen signature twice
-    (``group_index``).
+    (``group_index``). `part` is for what belongs to an execution and is committed by itself.
     """
     index = headers.get("group_index")
     key = ":".join(
@@ -41,6 +41,7 @@ def message_key(headers: Mapping[str, Any]) -> str:
             str(headers.get("retries") or 0),
             str(headers.get("replaced_task_nesting") or 0),
             "" if index is None else str(index),
+            *([part] if part else ()),
         )
     )
     return key if len(key) <= KEY_LENGTH else "sha256:" + sha256(key.encode()).hexdigest()

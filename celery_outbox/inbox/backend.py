@@ -14,7 +14,7 @@ from celery import states
 from celery.backends.base import DisabledBackend
 from sqlalchemy.exc import DBAPIError
 
-from celery_outbox.envelope import message_key
+from celery_outbox.inbox.errbacks import call_errbacks, described, send_errbacks
 from celery_outbox.inbox.outcome import Outcome
 from celery_outbox.inbox.transaction import (
     GivenBack,
@@ -89,15 +89,28 @@ class DurableBackend:
             return self.mark_as_done(task_id, transaction.result, request, store_result)
         if transaction.state is None:
             transaction.roll_back()
-            if call_errbacks and request and request.errbacks:
-                self.real._call_task_errbacks(request, exc, traceback)
+            if call_errbacks and request:
+                send_errbacks(self._task, request, exc, traceback)
             transaction.commit(state, Outcome.of_error(self.real, exc, traceback))
         try:
-            return self.real.mark_as_failure(
-                task_id, exc, traceback, request, store_result, False, state
-            )
+            return self.tell_failure(exc, traceback, request, store_result, call_errbacks)
         except Exception as error:
             raise GivenBack(f"committed, but the failure could not be stored: {error!r}") from error
+
+    def tell_failure(
+        self,
+        exc: BaseException,
+        traceback: object,
+        request: Any,
+        store_result: bool,
+        errbacks: bool = True,
+    ) -> None:
+        """Do what follows the commit of a failure; a duplicate repeats it."""
+        self.real.mark_as_failure(
+            request.id, exc, traceback, request, store_result, call_errbacks=False
+        )
+        if errbacks:
+            call_errbacks(self._task, request, exc, traceback)
 
     def mark_as_retry(self, task_id: str, *args: Any, **kwargs: Any) -> Any:
         """Roll the body back, commit the retry message, then tell the backend."""
@@ -124,21 +137,16 @@ class DurableBackend:
         traceback: object,
         request: Any,
         store_result: bool,
-        call_errbacks: bool,
+        errbacks: bool,
     ) -> Any:
         """Record a failure, unless the child had committed something before it died.
 
         The child is dead (`DurableRequest` sees to that), but the database may need a moment to
         notice, and holds its inbox row until then.
         """
-        described = {
-            "id": request.id,
-            "task": self._task.name,
-            "retries": request.retries,
-            "replaced_task_nesting": request.replaced_task_nesting,
-            "group_index": request.group_index,
-        }
-        transaction = InboxTransaction(self._task.installation, described, holds_session=True)
+        transaction = InboxTransaction(
+            self._task.installation, described(self._task, request), holds_session=True
+        )
         deadline = time.monotonic() + _FENCE_TIMEOUT
         while True:
             try:
@@ -147,18 +155,18 @@ class DurableBackend:
             except (GivenBack, DBAPIError):
                 if time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"{message_key(described)}: the failure {exc!r} could not be recorded"
+                        f"{transaction.key}: the failure {exc!r} could not be recorded"
                     ) from exc
                 time.sleep(0.1)
         if handled is None:
             with transaction.active():
-                if call_errbacks and request.errbacks:
-                    self.real._call_task_errbacks(request, exc, traceback)
+                if errbacks:
+                    send_errbacks(self._task, request, exc, traceback)
                 transaction.commit(states.FAILURE, Outcome.of_error(self.real, exc, traceback))
         elif handled.state == states.SUCCESS:
             result = Outcome.load(handled.outcome).result(self.real)
             return self.real.mark_as_done(request.id, result, request, store_result)
-        return self.real.mark_as_failure(request.id, exc, traceback, request, store_result, False)
+        return self.tell_failure(exc, traceback, request, store_result, errbacks)
 
 
 def _transaction_of(task_id: str) -> InboxTransaction | None:

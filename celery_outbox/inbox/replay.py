@@ -44,13 +44,11 @@ def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> A
             backend.mark_as_done(context.id, result, context, wanted)
             return trace_ok_t(result, None, 0.0, "already handled")
         if handled.state == states.FAILURE:
-            backend.mark_as_failure(
-                context.id,
+            task.backend.tell_failure(
                 outcome.error(backend),
                 outcome.traceback,
                 context,
                 wanted or task.store_errors_even_if_ignored,
-                call_errbacks=False,
             )
         return _answer(states.IGNORED, Ignore("already handled"))
     finally:

@@ -55,9 +55,14 @@ class InboxTransaction:
     """The transaction of one execution of a durable task. Also the scope of what it sends."""
 
     def __init__(
-        self, installation: Installation, request: Mapping[str, Any], *, holds_session: bool
+        self,
+        installation: Installation,
+        request: Mapping[str, Any],
+        *,
+        holds_session: bool,
+        part: str = "",
     ) -> None:
-        self.key = message_key(request)
+        self.key = message_key(request, part)
         self.task_id = str(request["id"])
         self.task = str(request.get("task", ""))
         #: Whether the body has been entered; another task that it calls is part of it.
