@@ -33,7 +33,7 @@ def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> A
     backend = task.backend.real
     outcome = Outcome.load(handled.outcome)
     context = Context(request, called_directly=False)
-    context.children = outcome.results_of_children(task.app)
+    context.children.extend(outcome.results_of_children(task.app))
     wanted = not _ignores_result(task, context)
     # The body of a chord that completes here takes its lineage from the request.
     _task_stack.push(task)
