@@ -10,7 +10,7 @@ from celery_outbox.errors import ConfigurationError, SchemaError
 from celery_outbox.storage.dialects import DIALECTS, dialect_for
 from celery_outbox.storage.tables import Tables
 
-__all__ = ["VERSION", "create", "drop", "script", "verify"]
+__all__ = ["VERSION", "compare", "create", "drop", "script", "verify"]
 
 #: The version of the tables. A release that changes them raises it, and reads the one before.
 VERSION = 1
@@ -59,6 +59,11 @@ def verify(engine: Engine, tables: Tables) -> None:
     Raises SQLAlchemy's `DBAPIError` when the database can't be asked.
     """
     dialect_for(engine.dialect.name).check(engine)
+    compare(engine, tables)
+
+
+def compare(engine: Engine, tables: Tables) -> None:
+    """Raise `SchemaError` unless the tables are as this release needs them. Only reads."""
     inspector = inspect(engine)
     database = engine.url.render_as_string(hide_password=True)
     for table in tables.all():

@@ -21,9 +21,11 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_outbox.envelope import Envelope
 from celery_outbox.errors import EnvelopeError
+from celery_outbox.storage import schema
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
@@ -105,8 +107,15 @@ class Store:
     # Outgoing
 
     def stage(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Insert envelopes, as `row_of` gives them, into the caller's transaction."""
-        connection.execute(self._stage, list(rows))
+        """Insert envelopes, as `row_of` gives them, into the caller's transaction.
+
+        Raises `SchemaError` if it is the tables that are missing or of another version.
+        """
+        try:
+            connection.execute(self._stage, list(rows))
+        except (OperationalError, ProgrammingError):
+            schema.compare(self.engine, self.tables)
+            raise
 
     def stage_alone(self, row: Mapping[str, Any]) -> None:
         """Insert one envelope in a transaction of its own, committed at the return."""
