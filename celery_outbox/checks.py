@@ -24,12 +24,12 @@ logger = logging.getLogger("celery_outbox")
 
 
 def check(app: Celery, installation: Installation) -> None:
-    """Raise what is wrong with the settings, the tables or the durable tasks.
+    """Raise what is wrong with the settings, the broker, the tables or the durable tasks.
 
     A database that is away is only logged: the worker starts, and its deliveries wait in the broker.
     """
     store = installation.store
-    _ = installation.config
+    installation.check_broker()
     try:
         schema.verify(store.engine, store.tables)
     except DBAPIError as exc:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from math import inf
 from typing import Any, Literal
 
 from celery_outbox.errors import ConfigurationError
@@ -37,6 +38,8 @@ class Config:
     lease_seconds: float = 60.0
     #: How long the broker may take to confirm a batch.
     confirm_timeout_seconds: float = 15.0
+    #: Use a transport of which it is not known what a publish that returned means.
+    trust_broker: bool = False
     #: How often a message that the broker does not take is tried before it becomes a dead letter.
     max_attempts: int = 10
     #: The first pause before such a message is tried again; doubled each time, with full jitter.
@@ -64,14 +67,25 @@ class Config:
                 raise _wrong(name, value, "a whole number of at least 1")
         for name in _SECONDS:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise _wrong(name, value, "a number of seconds")
+            if not 0 <= value < inf:  # NaN is neither
                 raise _wrong(name, value, "a number of seconds, 0 or more")
             if value == 0 and name not in _MAY_BE_ZERO:
                 raise _wrong(name, value, "a number of seconds above 0")
-        if isinstance(self.capture, str) and self.capture not in ("durable", "all"):
+        patterns = () if self.capture in ("durable", "all") else self.capture
+        if not isinstance(patterns, tuple) or not all(isinstance(each, str) for each in patterns):
             raise _wrong(
                 "capture", self.capture, '"durable", "all" or a list of task name patterns'
             )
+        if not isinstance(self.database_url, str | None):
+            # Not shown: it may hold a password.
+            raise ConfigurationError(f"{PREFIX}database_url is wrong: it takes a string")
+        if not isinstance(self.relay_queue, str | None):
+            raise _wrong("relay_queue", self.relay_queue, "the name of a queue")
+        for name in ("keep_until_handled", "trust_broker"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "True or False")
         if self.lease_seconds < 2 * self.confirm_timeout_seconds:
             raise ConfigurationError(
                 f"outbox_lease_seconds={self.lease_seconds} must be at least twice "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -140,7 +141,8 @@ class Envelope:
     ) -> Envelope:
         """Read back what `dump` wrote; raise `EnvelopeError` for what a newer version wrote."""
         try:
-            data = loads(message)
+            # kombu's reader looks into every object for its own types, at three times the cost.
+            data = loads(message) if "__type__" in message else json.loads(message)
             if data["format"] > FORMAT:
                 raise EnvelopeError(
                     f"task {task}[{task_id}]: stored in format {data['format']}, this version reads "

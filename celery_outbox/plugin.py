@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from celery import Task
 from celery.signals import beat_init
 from sqlalchemy import Connection, Engine, MetaData
-from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.exc import SQLAlchemyError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_outbox.checks import WorkerChecks
@@ -118,7 +118,7 @@ class Outbox:
             watch_engine(engine)
         if isinstance(self._target, sessionmaker | scoped_session):
             join_sessions_of(self._target)
-        Capture(self.app, self._choose, self._has_inbox).install()
+        Capture(self.app, self._choose, self._has_inbox, self._in_transaction).install()
         self._add_relay_task()
         if self.app.configured:
             self._add_beat_entry(self.app)
@@ -254,6 +254,9 @@ class Outbox:
             case _:
                 return lambda envelope: self.store.stage_alone(row_of(envelope))
 
+    def _in_transaction(self) -> bool:
+        return named_scope() is not None or any(self._is_ours(scope) for scope in open_scopes())
+
     def _stage_in(self, scope: Scope, envelope: Envelope) -> None:
         scope.stage(self.store, row_of(envelope))
 
@@ -302,20 +305,33 @@ class Outbox:
             return ours
 
     def _is_durable(self, task: str) -> bool:
-        return isinstance(self.app._tasks.get(task), DurableTask)
+        return isinstance(self._task(task), DurableTask)
 
     def _has_inbox(self, task: str) -> bool:
-        found = self.app._tasks.get(task)
+        found = self._task(task)
         return isinstance(found, DurableTask) and found.inbox
+
+    def _task(self, name: str) -> Any:
+        # Finalized, or a task of every app that is sent by name first would be taken for unknown.
+        app = self.app
+        return (app.tasks if app.finalized or app.autofinalize else app._tasks).get(name)
 
     # Relaying
 
     def relay(self) -> Relay:
         """Return this process's relay, with a connection of its own to the broker."""
         if self._relay is None or self._relay[0] != os.getpid():
-            publisher = publisher_for(self._connect, self.config.confirm_timeout_seconds)
+            publisher = publisher_for(
+                self._connect,
+                self.config.confirm_timeout_seconds,
+                trust_broker=self.config.trust_broker,
+            )
             self._relay = (os.getpid(), Relay(self.store, publisher, self.config))
         return self._relay[1]
+
+    def check_broker(self) -> None:
+        """Raise `ConfigurationError` for a broker to which nothing can be published safely."""
+        self.relay()
 
     def relay_once(self) -> Tally:
         """Move one batch of what is due to the broker, now and here; see `Relay.once`."""
@@ -351,8 +367,8 @@ class Outbox:
             relay = self.relay()
             relay.drain(self.config.relay_tick_seconds or 1.0)
             relay.keep_house()
-        except DBAPIError as exc:
-            logger.error("the database is away: %s", exc.orig)
+        except SQLAlchemyError as exc:
+            logger.error("the database is away: %s", exc)
         finally:
             self._relaying.release()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 from celery.backends.base import DisabledBackend
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from celery_outbox.inbox.errbacks import call_errbacks, described, send_errbacks
 from celery_outbox.inbox.outcome import Outcome
@@ -152,7 +152,7 @@ class DurableBackend:
             try:
                 handled = transaction.begin()
                 break
-            except (GivenBack, DBAPIError):
+            except (GivenBack, SQLAlchemyError):
                 if time.monotonic() > deadline:
                     raise RuntimeError(
                         f"{transaction.key}: the failure {exc!r} could not be recorded"

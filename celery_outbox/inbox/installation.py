@@ -28,6 +28,9 @@ class Installation(Protocol):
     def store(self) -> Store:
         """The tables."""
 
+    def check_broker(self) -> None:
+        """Raise `ConfigurationError` for a broker to which nothing can be published safely."""
+
     def make_session(self, connection: Connection) -> Session:
         """Return a session of the app's kind whose commits stay inside `connection`'s transaction."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Task, states
 from celery.exceptions import Ignore
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from celery_outbox import events
 from celery_outbox.errors import NotInstalled, NoTransaction
@@ -141,7 +141,7 @@ class DurableTask(Task):
                     return answer
         except AnsweredElsewhere as exc:
             handled = exc.handled
-        except (GivenBack, DBAPIError) as exc:
+        except (GivenBack, SQLAlchemyError) as exc:
             return self._give_back(transaction, exc)
         try:
             return replay(self, request, handled)
@@ -175,7 +175,7 @@ class DurableTask(Task):
         )
         if transaction is None or not is_body:
             return super().__call__(*args, **kwargs)
-        transaction.entered = True
+        transaction.enter_body()
         try:
             returned = self._body(*args, **kwargs)
         except Ignore:

@@ -12,12 +12,18 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    UnboundExecutionError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_outbox import events
 from celery_outbox.envelope import message_key
 from celery_outbox.errors import CommitRefused
-from celery_outbox.outbox.scope import naming
+from celery_outbox.outbox.scope import SessionScope, naming, open_scopes
 from celery_outbox.storage.store import Handled, Store
 
 if TYPE_CHECKING:
@@ -67,6 +73,7 @@ class InboxTransaction:
         self.task = str(request.get("task", ""))
         #: Whether the body has been entered; another task that it calls is part of it.
         self.entered = False
+        self._in_body = False
         #: What the body returned, once that is committed.
         self.result: Any = None
         #: The state that was committed.
@@ -77,6 +84,7 @@ class InboxTransaction:
         self._connection: Connection | None = None
         self._session: Session | None = None
         self._staged: list[Mapping[str, Any]] = []
+        self._scopes: list[SessionScope] = []
         self._retry: list[Mapping[str, Any]] = []
 
     # The journey
@@ -133,6 +141,10 @@ class InboxTransaction:
         """The body has ended well: what its session holds is written now, and may still fail it."""
         if self._session is not None:
             self._session.commit()
+        for scope in self._scopes:
+            self._staged.extend(scope.hand_over())
+        self._scopes.clear()
+        self._in_body = False
 
     def is_open(self) -> bool:
         return True
@@ -143,12 +155,38 @@ class InboxTransaction:
             store.stage_alone(row)
         elif row["key"] == self._retry_key:
             self._retry.append(row)
+        elif scope := self._session_scope(store):
+            # A session of the body's own, or a savepoint in it, may still be rolled back. If it is
+            # only closed, the message goes with the task.
+            scope.heir = self._staged.extend
+            if scope not in self._scopes:
+                self._scopes.append(scope)
+            scope.stage(store, row)
         else:
             self._staged.append(row)
 
+    def _session_scope(self, store: Store) -> SessionScope | None:
+        """The innermost open session of the body that works in this transaction."""
+        if not self._in_body or self._connection is None:
+            return None
+        for scope in reversed(open_scopes()):
+            if isinstance(scope, SessionScope) and scope.session is not None:
+                with suppress(UnboundExecutionError):
+                    if scope.session.get_bind(clause=store.tables.outbox) is self._connection:
+                        return scope
+        return None
+
+    def enter_body(self) -> None:
+        """The body begins."""
+        self.entered = self._in_body = True
+
     def roll_back(self) -> None:
         """Undo what the body wrote and sent, but for its own retry message."""
+        for scope in self._scopes:
+            scope.hand_over()
+        self._scopes.clear()
         self._staged.clear()
+        self._in_body = False
         self._close()
 
     def commit(self, state: str, outcome: Outcome | None = None) -> None:
@@ -170,8 +208,8 @@ class InboxTransaction:
             store.record(connection, self.key, state, text, forget=keeps)
             events.emit(events.COMMITTING, key=self.key, state=state)
             connection.commit()
-        except (OperationalError, InterfaceError) as exc:
-            raise GivenBack(f"the database did not take the commit: {exc.orig}") from exc
+        except (OperationalError, InterfaceError, PoolTimeout) as exc:
+            raise GivenBack(f"the database did not take the commit: {exc}") from exc
         except DBAPIError as exc:
             if exc.connection_invalidated:
                 raise GivenBack(f"the database went away: {exc.orig}") from exc

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from datetime import datetime, timedelta, timezone, tzinfo
 from typing import TYPE_CHECKING, Any
 
-from celery.result import task_join_will_block
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Connection, Exchange, Queue
 from kombu.messaging import Producer
 
 from celery_outbox.declaration import freeze
 from celery_outbox.envelope import Envelope, message_key
+from celery_outbox.outbox.results import Results
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -35,16 +34,14 @@ Stage = Callable[[Envelope], None]
 #: A message to these reaches whoever is bound, and nobody is an answer too.
 _MAY_REACH_NOBODY = ("fanout", "x-delayed-message")
 
-#: Set while Celery has asked for `backend.on_task_call` and the message is not yet sent.
-_call_pending: ContextVar[bool] = ContextVar("celery_outbox_call_pending", default=False)
-
 
 class Capture:
     """The outgoing seam of one app.
 
     `choose` is asked for each task message, by task name, and answers with where to stage it, or
     None to let Celery publish it. `has_inbox` tells whether a task's worker will record that it has
-    handled the message, so that the envelope may be kept until then.
+    handled the message, so that the envelope may be kept until then. `in_transaction` tells whether
+    the caller is in one.
     """
 
     def __init__(
@@ -52,70 +49,43 @@ class Capture:
         app: Celery,
         choose: Callable[[str], Stage | None],
         has_inbox: Callable[[str], bool],
+        in_transaction: Callable[[], bool],
     ) -> None:
         self._app = app
         self._choose = choose
         self._has_inbox = has_inbox
+        self._in_transaction = in_transaction
         self._sender: Callable[..., Any] | None = None
+        self._results = Results(app, in_transaction)
         self._own_brokers: set[tuple[Any, ...]] | None = None
 
     def install(self) -> None:
-        """Replace the app's sender, and put its result backend's preparations off."""
+        """Replace the app's sender, and put off what it asks of the result backend."""
         amqp = self._app.amqp
         # Another plugin may have replaced it before us.
         self._sender = amqp.__dict__.get("send_task_message")
         amqp.send_task_message = self._send
-
-        get_backend = self._app._get_backend
-
-        def get_backend_that_waits() -> Any:
-            backend = get_backend()
-            self._put_off_calls(backend)
-            return backend
-
-        self._app._get_backend = get_backend_that_waits
-        for made in (
-            getattr(self._app._local, "backend", None),
-            getattr(self._app, "_backend_cache", None),
-        ):
-            if made is not None:
-                self._put_off_calls(made)
-
-    def _put_off_calls(self, backend: Any) -> None:
-        """Let ``on_task_call`` happen only for messages that are really published now.
-
-        `Celery.send_task` calls it before the seam: Redis subscribes there, rpc declares its reply
-        queue, and both hang or fail when they are away.
-        """
-        backend.prepare_task_call = backend.on_task_call
-
-        def wait(_producer: Producer, _task_id: str) -> None:
-            _call_pending.set(True)
-
-        backend.on_task_call = wait
+        self._results.install()
 
     def _send(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
         """Stand in for ``send_task_message``."""
-        call_pending = _call_pending.get()
-        _call_pending.set(False)
         ours = self._is_own_broker(producer.connection)
         stage = self._choose(_decisive(name, message)) if ours else None
         if not ours and self._has_inbox(name):
             logger.warning("durable task %s goes around the outbox, to another broker", name)
         if stage is None:
-            if call_pending:
-                self._app.backend.prepare_task_call(producer, _described(message)["id"])
+            self._results.ask_now(producer)
             return self._stock_sender()(producer, name, message, **options)
-        replies = self._reply_queues() if call_pending else []
         staging = StagingProducer(
             producer,
             stage,
             task=name,
             described=_described(message),
             time_zone=self._app.timezone,
+            in_transaction=self._in_transaction(),
             keep=self._has_inbox(name),
             mandatory=self._exchange_type(options) not in _MAY_REACH_NOBODY,
-            also_declare=replies,
+            also_declare=self._results.reply_queues(),
         )
         return self._stock_sender()(staging, name, message, **options)
 
@@ -135,11 +105,6 @@ class Capture:
                 self._own_brokers = {_address(broker) for broker in (own, *alternatives)}
         return _address(connection) in self._own_brokers
 
-    def _reply_queues(self) -> list[Queue]:
-        """The queue to which rpc:// replies go: declared by the relay, as no reply comes before."""
-        binding = getattr(self._app.backend, "binding", None)
-        return [binding] if isinstance(binding, Queue) and not task_join_will_block() else []
-
     def _exchange_type(self, options: Mapping[str, Any]) -> str:
         """The type of the exchange that Celery's sender will choose."""
         exchange, queue = options.get("exchange"), options.get("queue")
@@ -158,8 +123,8 @@ class StagingProducer(Producer):
     """kombu's Producer, with another last hop.
 
     The first message is the task's. With ``task_send_sent_event`` a ``task-sent`` event follows
-    through the same producer: it is staged like the message that it speaks of, so that it is not
-    seen for a message that was rolled back.
+    through the same producer. In a transaction it is staged like the message that it speaks of, so
+    that it is not seen for one that was rolled back; elsewhere it is published at once, as ever.
     """
 
     def __init__(
@@ -170,15 +135,17 @@ class StagingProducer(Producer):
         task: str,
         described: Mapping[str, Any],
         time_zone: tzinfo,
+        in_transaction: bool,
         keep: bool,
         mandatory: bool,
         also_declare: Sequence[Queue],
     ) -> None:
-        self._real_connection = producer.connection
+        self._real = producer
         self._stage_envelope = stage
         self._task = task
         self._described: Mapping[str, Any] | None = described
         self._time_zone = time_zone
+        self._in_transaction = in_transaction
         self._keep = keep
         self._mandatory = mandatory
         self._also_declare = also_declare
@@ -192,10 +159,12 @@ class StagingProducer(Producer):
     @property
     def connection(self) -> Connection:
         """The connection on which stock Celery would publish. Nothing is sent on it."""
-        return self._real_connection
+        return self._real.connection
 
     def publish(self, body: Any, **options: Any) -> Any:
         """Run kombu's publish without its retries: they belong to the relay."""
+        if self._described is None and not self._in_transaction:
+            return self._real.publish(body, **options)
         options.update(retry=False, retry_policy=None)
         return super().publish(body, **options)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -104,8 +104,11 @@ class SessionScope:
         self._written: list[str] = []
         self._savepoints: dict[SessionTransaction, NestedTransaction | None] = {}
         self._connection: ref[Connection] | None = None
+        self._released: SessionTransaction | None = None
         self._committing = False
         self._finished = False
+        #: Takes what is staged when the session is closed without a commit.
+        self.heir: Callable[[list[Row]], None] | None = None
 
     @property
     def session(self) -> Session | None:
@@ -126,12 +129,22 @@ class SessionScope:
         session = self.session
         assert session is not None
         transaction = session.get_nested_transaction() or session.get_transaction()
+        if transaction is not None and transaction is self._released:
+            transaction = transaction.parent
         assert transaction is not None
         if self.connection is not None:
             _refuse_autocommit(self.connection, row)
             _refuse_textual_savepoint(self.connection, row)
             self._refuse_foreign_savepoint(transaction, self.connection, row)
         self._staged.append((transaction, store, row))
+        if self._committing:
+            # By another listener of before_commit, after our own, or after prepare().
+            try:
+                self.write()
+            except InvalidRequestError as exc:
+                raise UnusableTransaction(
+                    f"{row['task']} was sent into a session that is prepared to commit: {exc}"
+                ) from exc
 
     def _refuse_foreign_savepoint(
         self, transaction: SessionTransaction, connection: Connection, row: Row
@@ -155,26 +168,13 @@ class SessionScope:
         self._connection = ref(connection)
 
     def before_commit(self) -> None:
-        """The session is about to commit, or to release a savepoint."""
+        """The session is about to commit."""
         session = self.session
         assert session is not None
-        nested = session.get_nested_transaction()
-        if nested is not None:
-            parent = nested.parent
-            assert parent is not None
-            self._staged = [
-                (parent if tag is nested else tag, store, row) for tag, store, row in self._staged
-            ]
-            return
-        self._committing = True
         # Mapper events may send, too, and the flush of the commit comes after this event.
         session.flush()
         self.write()
-
-    def after_flush(self) -> None:
-        """A flush has ended; if it was the commit's own, what it has sent is written now."""
-        if self._committing:
-            self.write()
+        self._committing = True
 
     def write(self) -> None:
         """Insert what is staged."""
@@ -190,8 +190,17 @@ class SessionScope:
         store.stage(connection, [row for _, _, row in staged])
         events.emit(events.STAGED, count=len(staged))
 
-    def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
-        """The session has rolled back `savepoint` and what it contains."""
+    def savepoint_released(self, savepoint: SessionTransaction) -> None:
+        """The database has released `savepoint`: what it contains is its parent's now."""
+        parent = savepoint.parent
+        assert parent is not None
+        self._released = savepoint
+        self._staged = [
+            (parent if tag is savepoint else tag, store, row) for tag, store, row in self._staged
+        ]
+
+    def savepoint_ended(self, savepoint: SessionTransaction) -> None:
+        """`savepoint` is over. What it still contains was not released: it was rolled back."""
         self._staged = [entry for entry in self._staged if not _is_inside(entry[0], savepoint)]
 
     def rolled_back(self) -> None:
@@ -205,8 +214,17 @@ class SessionScope:
     def ended(self) -> None:
         """The session's root transaction is over."""
         if not self._finished:
-            _warn_uncommitted([*self._written, *(row["task"] for _, _, row in self._staged)])
+            if self.heir is None:
+                _warn_uncommitted([*self._written, *(row["task"] for _, _, row in self._staged)])
+            elif sys.exc_info()[0] is None:
+                # Closed, as sessions are that only read; an exception in flight means a roll-back.
+                self.heir(self.hand_over())
         self._finished = True
+
+    def hand_over(self) -> list[Row]:
+        """Give away what is staged and not yet written."""
+        staged, self._staged = self._staged, []
+        return [row for _, _, row in staged]
 
 
 class NamedSession:
@@ -246,6 +264,7 @@ class ConnectionScope:
         self._written: list[str] = []
         self._finished = False
         self.textual_savepoint = False
+        self.prepared = False
         self._all[connection] = self
 
     @classmethod
@@ -267,6 +286,10 @@ class ConnectionScope:
         assert connection is not None
         _refuse_autocommit(connection, row)
         _refuse_textual_savepoint(connection, row)
+        if self.prepared:
+            raise UnusableTransaction(
+                f"{row['task']} was sent on a connection that is prepared to commit: send before"
+            )
         self._staged.append((store, row))
 
     # What the engine tells (see `celery_outbox.outbox.tracking`).

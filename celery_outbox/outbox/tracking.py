@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.orm import Session, SessionTransaction
 
 from celery_outbox.outbox.scope import ConnectionScope, SessionScope, enter, leave
@@ -28,6 +29,9 @@ def watch_sessions() -> None:
 
 def watch_engine(engine: Engine) -> None:
     """Follow the transactions of this engine's connections. Safe to repeat."""
+    # An engine.execution_options() hears what its engine hears: listening to both is hearing twice.
+    while isinstance(engine, OptionEngine):
+        engine = engine._proxied
     if engine not in _watched:
         _watched.add(engine)
         for name, listener in _ENGINE_EVENTS.items():
@@ -54,18 +58,9 @@ def _transaction_began(
 
 
 def _before_commit(session: Session) -> None:
-    if scope := _scope_of(session):
+    # Also told for a savepoint that is about to be released.
+    if (scope := _scope_of(session)) and not session.in_nested_transaction():
         scope.before_commit()
-
-
-def _after_flush(session: Session, _context: object) -> None:
-    if scope := _scope_of(session):
-        scope.after_flush()
-
-
-def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> None:
-    if (scope := _scope_of(session)) and transaction.parent is not None:
-        scope.savepoint_rolled_back(transaction)
 
 
 def _after_rollback(session: Session) -> None:
@@ -76,12 +71,19 @@ def _after_rollback(session: Session) -> None:
 
 def _after_commit(session: Session) -> None:
     # Also told for a released savepoint.
-    if (scope := _scope_of(session)) and not session.in_nested_transaction():
-        scope.committed()
+    if scope := _scope_of(session):
+        if savepoint := session.get_nested_transaction():
+            scope.savepoint_released(savepoint)
+        else:
+            scope.committed()
 
 
 def _transaction_ended(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is None and (scope := session.info.pop(SessionScope, None)):
+    if transaction.parent is not None:
+        # However it ended: a savepoint that is closed, or whose flush failed, is told of only here.
+        if transaction.nested and (scope := _scope_of(session)):
+            scope.savepoint_ended(transaction)
+    elif scope := session.info.pop(SessionScope, None):
         scope.ended()
         leave(scope)
 
@@ -90,8 +92,6 @@ _SESSION_EVENTS: dict[str, Any] = {
     "after_transaction_create": _transaction_created,
     "after_begin": _transaction_began,
     "before_commit": _before_commit,
-    "after_flush_postexec": _after_flush,
-    "after_soft_rollback": _after_soft_rollback,
     "after_rollback": _after_rollback,
     "after_commit": _after_commit,
     "after_transaction_end": _transaction_ended,
@@ -115,6 +115,12 @@ def _savepoint(connection: Connection, _name: str) -> None:
 def _rollback_savepoint(connection: Connection, *_: object) -> None:
     if scope := ConnectionScope.of(connection):
         scope.savepoint_rolled_back()
+
+
+def _prepare(connection: Connection, _xid: object) -> None:
+    if scope := ConnectionScope.of(connection):
+        scope.write()
+        scope.prepared = True
 
 
 def _commit(connection: Connection) -> None:
@@ -141,7 +147,7 @@ def _end(connection: Connection, *, committed: bool) -> None:
 def _before_cursor_execute(
     connection: Connection, _cursor: object, statement: str, *_: object
 ) -> None:
-    if statement[:9].upper() == "SAVEPOINT":
+    if statement.lstrip()[:9].upper() == "SAVEPOINT":
         announced = connection.info.pop("celery_outbox_savepoint", False)
         if not announced and (scope := ConnectionScope.of(connection)):
             scope.write()
@@ -151,7 +157,7 @@ def _before_cursor_execute(
 _ENGINE_EVENTS: dict[str, Any] = {
     "begin": _begin,
     "begin_twophase": _begin,
-    "prepare_twophase": _write,
+    "prepare_twophase": _prepare,
     "savepoint": _savepoint,
     "rollback_savepoint": _rollback_savepoint,
     "commit": _commit,

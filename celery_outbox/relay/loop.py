@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from celery_outbox import events
 from celery_outbox.config import Config
@@ -114,9 +114,9 @@ class Relay:
             try:
                 tally = self.once()
                 self.keep_house()
-            except DBAPIError as exc:
+            except SQLAlchemyError as exc:
                 self._troubles += 1
-                logger.error("the database is away: %s", exc.orig)
+                logger.error("the database is away: %s", exc)
                 tally = Tally()
             # A full page is followed at once.
             if tally.claimed < self._config.batch_size or tally.released:
@@ -145,10 +145,15 @@ class Relay:
         return self._publisher.publish(readable)
 
     def _settlement(self, batch: Batch, outcomes: dict[int, Outcome]) -> Settlement:
-        settlement = Settlement()
+        settlement = Settlement(unreadable_after_seconds=self._config.backoff_cap_seconds)
         undecided: str | None = None
         for row in batch.rows:
-            outcome = outcomes.get(row.id) or Refused(row.error or "not published")
+            if row.envelope is None:
+                # By a newer version, most likely; its own relays will take it.
+                settlement.unreadable[row.id] = row.error or "unreadable"
+                logger.error("%s", row.error)
+                continue
+            outcome = outcomes[row.id]
             match outcome:
                 case Confirmed():
                     self._confirm(settlement, batch, row)
@@ -166,7 +171,9 @@ class Relay:
     def _confirm(self, settlement: Settlement, batch: Batch, row: Claimed) -> None:
         assert row.envelope is not None
         assert batch.now is not None
-        if self._config.keep_until_handled and row.envelope.keep:
+        expires_at = row.envelope.expires_at
+        expired = expires_at is not None and expires_at <= batch.now
+        if self._config.keep_until_handled and row.envelope.keep and not expired:
             # The longer it has waited for a worker, the longer it is left alone.
             age = (batch.now - row.created_at).total_seconds()
             settlement.kept[row.id] = max(self._config.redeliver_after_seconds, age)

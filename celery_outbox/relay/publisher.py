@@ -18,24 +18,36 @@ from celery_outbox.errors import ConfigurationError
 from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
 
 _AWAY = (*pyamqp.Transport.connection_errors, OperationalError)
+#: After so many losses of the connection in a row, a message is suspected to be the reason.
+_SUSPICIOUS = 2
 _CLOSED = pyamqp.Transport.channel_errors
 
 __all__ = ["ConfirmingPublisher", "Publisher", "VirtualPublisher", "publisher_for"]
 
 
-def publisher_for(connect: Callable[[], Connection], confirm_timeout: float) -> Publisher:
-    """Return the publisher for the transport of `connect()`.
+#: kombu's transports of which it is known what a publish that returned means.
+_KNOWN = ("redis", "filesystem", "sql", "memory")
 
-    Raises `ConfigurationError` for a transport whose answer to a publish means nothing.
+
+def publisher_for(
+    connect: Callable[[], Connection], confirm_timeout: float, *, trust_broker: bool = False
+) -> Publisher:
+    """Return the publisher for the transport of `connect()`, without connecting.
+
+    Raises `ConfigurationError` for a transport whose answer to a publish means nothing, or is not
+    known to mean that it has the message, unless `trust_broker`.
     """
     connection = connect()
     if isinstance(connection.transport, pyamqp.Transport):
         return ConfirmingPublisher(connect, confirm_timeout)
-    if isinstance(connection.transport, virtual.Transport):
+    kind = connection.transport.driver_type
+    if isinstance(connection.transport, virtual.Transport) and (kind in _KNOWN or trust_broker):
         return VirtualPublisher(connect, confirm_timeout)
     raise ConfigurationError(
-        f"broker_url: the transport {connection.transport.driver_name!r} does not confirm what it "
-        "has taken, so that nothing could ever leave the outbox safely; use amqp:// (py-amqp)"
+        f"broker_url: it is not known that a publish by the transport {kind!r} "
+        f"({connection.transport.driver_name}) means that the broker has the message, so that "
+        "nothing could leave the outbox safely; use amqp:// (py-amqp) or redis://"
+        + ("" if trust_broker else ", or insist with outbox_trust_broker = True")
     )
 
 
@@ -163,34 +175,53 @@ class ConfirmingPublisher(Publisher):
     def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
         try:
+            self._confirming_channel()
+        except _AWAY as exc:
+            self._give_up(batch, outcomes, exc)
+            return outcomes
+        if self._losses >= _SUSPICIOUS:
+            self._one_by_one(batch, outcomes)
+            return outcomes
+        try:
             self._exchange_with(batch, outcomes)
+            self._losses = 0
         except _CLOSED as exc:
             self._drop_channel()
-            self._one_by_one(batch, outcomes, exc)
+            if len(left := [entry for entry in batch if entry[0] not in outcomes]) == 1:
+                outcomes[left[0][0]] = Refused(_said(exc))
+            else:
+                self._one_by_one(left, outcomes)
         except _AWAY as exc:
+            # Silence says nothing about a message, an end of the connection may.
+            self._losses += not isinstance(exc, TimeoutError)
             self._give_up(batch, outcomes, exc)
         return outcomes
 
     def _one_by_one(
-        self,
-        batch: Sequence[tuple[int, Envelope]],
-        outcomes: dict[int, Outcome],
-        error: BaseException,
+        self, batch: Sequence[tuple[int, Envelope]], outcomes: dict[int, Outcome]
     ) -> None:
-        """Find out which message the channel was closed for."""
-        left = [entry for entry in batch if entry[0] not in outcomes]
-        if len(left) == 1:
-            outcomes[left[0][0]] = Refused(_said(error))
-            return
-        for entry in left:
+        """Find out for which message the broker closes the channel, or the connection."""
+        for entry in batch:
+            try:
+                self._confirming_channel()
+            except _AWAY as exc:
+                self._give_up(batch, outcomes, exc)
+                return
             try:
                 self._exchange_with([entry], outcomes)
             except _CLOSED as exc:
                 self._drop_channel()
                 outcomes[entry[0]] = Refused(_said(exc))
             except _AWAY as exc:
-                self._give_up(batch, outcomes, exc)
-                return
+                if self._losses < _SUSPICIOUS or isinstance(exc, TimeoutError):
+                    self._losses += not isinstance(exc, TimeoutError)
+                    self._give_up(batch, outcomes, exc)
+                    return
+                self.close()
+                outcomes[entry[0]] = Refused(
+                    f"the broker ended the connection for it: {_said(exc)}"
+                )
+        self._losses = 0
 
     def _drop_channel(self) -> None:
         self._channel = None
@@ -224,7 +255,6 @@ class ConfirmingPublisher(Publisher):
             channel.events[name].add(listener)
         try:
             for number, envelope in batch:
-                self._declare(channel, envelope.declare)
                 self._send(channel, number, envelope, confirms)
             deadline = time.monotonic() + self._confirm_timeout
             while confirms.pending:
@@ -239,6 +269,14 @@ class ConfirmingPublisher(Publisher):
                 channel.events[name].discard(listener)
 
     def _send(self, channel: Any, number: int, envelope: Envelope, confirms: _Confirms) -> None:
+        try:
+            self._declare(channel, envelope.declare)
+        except Exception as exc:
+            if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
+                raise
+            # AMQP can't say this argument of a queue, and nothing was written.
+            confirms.outcomes[number] = Refused(_said(exc))
+            return
         self._tag += 1
         confirms.pending[self._tag] = (number, envelope)
         try:
@@ -268,6 +306,8 @@ class ConfirmingPublisher(Publisher):
         return self._channel
 
     _tag = 0
+    #: How often in a row the connection was lost in the middle of a batch.
+    _losses = 0
 
 
 class _Confirms:

@@ -26,6 +26,8 @@ _SYNCHRONOUS = {
     "mssql+aioodbc": "mssql+pyodbc",
 }
 
+_DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433}
+
 
 def engine_of(target: Any, table: Table) -> Engine | None:
     """Return a synchronous engine for `target`, or None if it has no engine yet."""
@@ -66,7 +68,7 @@ def engine_from_url(url: str) -> Engine:
             f"the outbox's database URL: {parsed.drivername!r} can't be used here: {exc}; install "
             "the driver (for PostgreSQL: pip install 'celery-outbox[psycopg]')"
         ) from exc
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         # The URL may hold a password: not in the message.
         raise ConfigurationError(
             "the outbox's database URL (Outbox(app, url) or outbox_database_url) is none; it looks "
@@ -83,7 +85,9 @@ def is_same_database(one: Engine, other: Engine) -> bool:
 
 
 def _identity(url: URL) -> tuple[str, str | None, int | None, str | None]:
-    return url.get_backend_name(), url.host, url.port, url.database
+    backend = url.get_backend_name()
+    host = "localhost" if url.host in ("127.0.0.1", "::1") else url.host
+    return backend, host, url.port or _DEFAULT_PORTS.get(backend), url.database
 
 
 def _driver(url: URL) -> str:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Engine, create_mock_engine, delete, insert, inspect, select
+from sqlalchemy import Engine, create_mock_engine, insert, inspect, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import SchemaItem
 
 from celery_outbox.errors import ConfigurationError, SchemaError
 from celery_outbox.storage.dialects import DIALECTS, dialect_for
-from celery_outbox.storage.tables import Tables
+from celery_outbox.storage.tables import VERSION, Tables
 
 __all__ = ["VERSION", "compare", "create", "drop", "script", "verify"]
-
-#: The version of the tables. A release that changes them raises it, and reads the one before.
-VERSION = 1
 
 _CREATE = "run `celery -A <your app> outbox schema create`"
 
 
 def create(engine: Engine, tables: Tables) -> None:
-    """Create what is missing and write the version, in one transaction. Safe to repeat."""
+    """Create what is missing, in one transaction. Safe to repeat.
+
+    Raises `SchemaError` if tables are there that belong to another version.
+    """
     dialect = dialect_for(engine.dialect.name)
     dialect.check(engine)
     dialect.prepare(engine)
     with engine.begin() as connection:
         tables.metadata.create_all(connection, tables=tables.all())
-        connection.execute(delete(tables.version))
-        connection.execute(insert(tables.version).values(version=VERSION))
+        # Empty where a migration has made the table.
+        if connection.execute(select(tables.version.c.version)).scalar() is None:
+            connection.execute(insert(tables.version).values(version=VERSION))
+    compare(engine, tables)
 
 
 def drop(engine: Engine, tables: Tables) -> None:
@@ -42,14 +44,13 @@ def script(tables: Tables, dialect: str) -> str:
     statements: list[str] = []
 
     def write(item: SchemaItem, *_: object, **__: object) -> None:
-        statements.append(str(item.compile(dialect=engine.dialect)).strip())  # type: ignore[attr-defined]
+        compiled = item.compile(  # type: ignore[attr-defined]
+            dialect=engine.dialect, compile_kwargs={"literal_binds": True}
+        )
+        statements.append(str(compiled).strip())
 
     engine = create_mock_engine(f"{dialect}://", write)
     tables.metadata.create_all(engine, tables=tables.all(), checkfirst=False)
-    version = insert(tables.version).values(version=VERSION)
-    statements.append(
-        str(version.compile(dialect=engine.dialect, compile_kwargs={"literal_binds": True}))
-    )
     return ";\n\n".join(statements) + ";\n"
 
 

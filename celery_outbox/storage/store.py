@@ -71,6 +71,9 @@ class Settlement:
     #: Given back uncounted: the broker was at fault. All for `release_after_seconds`.
     released: list[int] = field(default_factory=list)
     release_after_seconds: float = 0.0
+    #: Not for this version to publish: id → error. Uncounted, all for `unreadable_after_seconds`.
+    unreadable: dict[int, str] = field(default_factory=dict)
+    unreadable_after_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,6 @@ class Store:
         self.tables = tables
         self.dialect = dialect_for(engine.dialect.name)
         outbox = tables.outbox
-        # RETURNING, although nobody reads it: with it SQLAlchemy writes one statement of many rows,
-        # which costs less than the driver's executemany.
         self._stage = insert(outbox).values(
             attempts=0,
             created_at=self.dialect.now(),
@@ -155,7 +156,11 @@ class Store:
                     available_at=later,
                 )
                 rows = [{"row": key, "seconds": after} for key, after in settlement.kept.items()]
-                settled += connection.execute(kept, rows).rowcount
+                settled += (ours_still := connection.execute(kept, rows).rowcount)
+                if ours_still < len(rows):
+                    # A row that is gone was handled before we came to settle it: not a lost lease.
+                    there = select(func.count()).where(outbox.c.id.in_(settlement.kept))
+                    settled += len(rows) - connection.execute(there).scalar_one()
             if settlement.retried:
                 retried = one.values(last_error=bindparam("error"), available_at=later)
                 failures = [
@@ -171,6 +176,16 @@ class Store:
                     available_at=self.dialect.after(settlement.release_after_seconds),
                 )
                 settled += connection.execute(released).rowcount
+            if settlement.unreadable:
+                unreadable = one.values(
+                    attempts=outbox.c.attempts - 1,
+                    last_error=bindparam("error"),
+                    available_at=self.dialect.after(settlement.unreadable_after_seconds),
+                )
+                errors = [
+                    {"row": key, "error": error} for key, error in settlement.unreadable.items()
+                ]
+                settled += connection.execute(unreadable, errors).rowcount
             for row_id, error in settlement.dead.items():
                 settled += self._bury(connection, row_id, batch.token, error)
         return len(batch.rows) - settled

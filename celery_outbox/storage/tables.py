@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     DateTime,
     Dialect,
     Index,
@@ -18,11 +19,16 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    event,
+    insert,
 )
 
 from celery_outbox.envelope import KEY_LENGTH
 
-__all__ = ["NAME_LENGTH", "Tables", "UTCDateTime"]
+__all__ = ["NAME_LENGTH", "VERSION", "Tables", "UTCDateTime"]
+
+#: The version of the tables. A release that changes them raises it, and reads the one before.
+VERSION = 1
 
 #: Task names, ids and destinations are shown to operators only; longer ones are cut.
 NAME_LENGTH = 255
@@ -62,8 +68,8 @@ class Tables:
         # Not `metadata or …`: an empty MetaData of the user's must still be taken.
         self.metadata = MetaData() if metadata is None else metadata
 
-        def table(name: str, *columns: Any) -> Table:
-            return Table(prefix + name, self.metadata, *columns, schema=schema)
+        def table(name: str, *columns: Any, **options: Any) -> Table:
+            return Table(prefix + name, self.metadata, *columns, schema=schema, **options)
 
         def stored_message() -> list[Column[Any]]:
             return [
@@ -92,6 +98,8 @@ class Tables:
             Column("lease_token", String(36)),
             # Set where a published envelope is kept until it is handled.
             Column("published_at", UTCDateTime),
+            # Without it SQLite gives an empty table's ids again, and a dead letter keeps its row's.
+            sqlite_autoincrement=True,
         )
         self.inbox = table(
             "inbox",
@@ -99,7 +107,7 @@ class Tables:
             Column("task", String(NAME_LENGTH), nullable=False),
             Column("task_id", String(NAME_LENGTH), nullable=False),
             Column("state", String(16), nullable=False),
-            # The encoded outcome, for duplicates (see `celery_outbox.inbox.record`).
+            # The encoded outcome, for duplicates (see `celery_outbox.inbox.outcome`).
             Column("outcome", Text),
             Column("handled_at", UTCDateTime, nullable=False),
         )
@@ -110,9 +118,14 @@ class Tables:
             Column("died_at", UTCDateTime, nullable=False),
         )
         self.version = table("outbox_schema", Column("version", Integer, primary_key=True))
+        event.listen(self.version, "after_create", self._write_version)
         Index(f"ix_{prefix}outbox_available", self.outbox.c.available_at, self.outbox.c.id)
         Index(f"ix_{prefix}outbox_key", self.outbox.c.key)
         Index(f"ix_{prefix}inbox_handled", self.inbox.c.handled_at)
+
+    def _write_version(self, _table: Table, connection: Connection, **_: Any) -> None:
+        """Also when it is the app that creates its metadata's tables."""
+        connection.execute(insert(self.version).values(version=VERSION))
 
     def all(self) -> list[Table]:
         """Return the tables in the order in which they are created."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import datetime
 from typing import Any
 
@@ -61,14 +63,17 @@ class SQLite(Dialect):
 
     def check(self, engine: Engine) -> None:
         try:
-            with engine.connect() as connection:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            with closing(engine.raw_connection()) as raw:
+                connection: Any = raw.driver_connection
+                # A driver without autocommit, as SQLite's savepoints want it, has begun already.
+                if not connection.in_transaction:
+                    connection.execute("BEGIN IMMEDIATE")
                 # BEGIN alone is content with a file that can only be read.
-                mark = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-                connection.exec_driver_sql(f"PRAGMA user_version = {int(mark)}")
-                connection.exec_driver_sql("ROLLBACK")
-        except OperationalError as exc:
-            reason = str(exc.orig)
+                (mark,) = connection.execute("PRAGMA user_version").fetchone()
+                connection.execute(f"PRAGMA user_version = {int(mark)}")
+                connection.rollback()
+        except (OperationalError, sqlite3.OperationalError) as exc:
+            reason = str(getattr(exc, "orig", exc))
             if "locked" not in reason:
                 raise ConfigurationError(
                     f"the SQLite file {engine.url.database!r} can't be written: {reason}; give it "
@@ -76,6 +81,15 @@ class SQLite(Dialect):
                 ) from exc
 
     def prepare(self, engine: Engine) -> None:
-        # Readers and the one writer do not block each other; the mode stays with the file.
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        # Readers and the one writer do not block each other; the mode stays with the file. It can't
+        # change inside a transaction, which a driver without autocommit is always in.
+        with closing(engine.raw_connection()) as raw:
+            connection: Any = raw.driver_connection
+            if had_begun := connection.in_transaction:
+                connection.execute("COMMIT")
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as exc:
+                raise OperationalError("PRAGMA journal_mode=WAL", None, exc) from exc
+            if had_begun:
+                connection.execute("BEGIN")
