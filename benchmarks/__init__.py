@@ -1,0 +1,1 @@
+"""What the outbox costs, beside what it would cost without it, in one run."""

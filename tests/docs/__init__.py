@@ -1,0 +1,1 @@
+"""The documents are true: their listings run, their settings, commands and links exist."""
