@@ -9,9 +9,9 @@ from textwrap import dedent
 
 import pytest
 from celery import Celery
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, delete, text
 
-from celery_outbox import Outbox, durable_task
+from celery_outbox import Outbox, SchemaError, durable_task
 from celery_outbox.storage.store import Settlement
 from tests.docs.markdown import DOCS, PAGES, ROOT, Listing, listings, name_of
 from tests.support.processes import Process
@@ -147,6 +147,11 @@ def test_the_sql_for_the_version_makes_migrated_tables_complete(engine: Engine) 
     app = Celery("docs", broker="memory://", set_as_current=False)
     outbox = Outbox(app, engine)
     outbox.tables.metadata.create_all(outbox.engine)
+    with outbox.engine.begin() as connection:
+        # A migration makes the tables without telling SQLAlchemy's listeners.
+        connection.execute(delete(outbox.tables.version))
+    with pytest.raises(SchemaError):
+        outbox.verify_schema()
     with outbox.engine.begin() as connection:
         _execute(connection, _sql("With Alembic"))
 
