@@ -14,14 +14,13 @@ from weakref import WeakKeyDictionary, WeakSet
 from celery import Task
 from celery.signals import beat_init
 from sqlalchemy import Connection, Engine, MetaData
-from sqlalchemy.exc import SQLAlchemyError, UnboundExecutionError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_outbox.checks import WorkerChecks
 from celery_outbox.config import Config
 from celery_outbox.envelope import Envelope
 from celery_outbox.errors import (
-    AmbiguousTransaction,
     ConfigurationError,
     NoTransaction,
     OutboxError,
@@ -30,16 +29,15 @@ from celery_outbox.inbox.installation import install, installed_in
 from celery_outbox.inbox.joining import join_sessions_of
 from celery_outbox.inbox.task import DurableTask
 from celery_outbox.outbox.capture import Capture, Stage
+from celery_outbox.outbox.current import Current
 from celery_outbox.outbox.scope import (
     ConnectionScope,
     NamedSession,
     Scope,
-    SessionScope,
     named_scope,
     naming,
-    open_scopes,
 )
-from celery_outbox.outbox.tracking import watch_engine, watch_sessions
+from celery_outbox.outbox.tracking import watch_engine, watch_every_engine, watch_sessions
 from celery_outbox.relay.loop import Relay, Tally
 from celery_outbox.relay.publisher import publisher_for
 from celery_outbox.storage import schema
@@ -105,6 +103,7 @@ class Outbox:
         self.tables = Tables(metadata, schema=schema, prefix=prefix)
         self._target = _checked(target)
         self._ours: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
+        self._current = Current(self.tables.outbox, self._is_our_engine)
         self._relay: tuple[int, Relay] | None = None
         self._relaying = Lock()
         self._install()
@@ -116,9 +115,12 @@ class Outbox:
         engine = working_engine_of(self._target, self.tables.outbox)
         if engine is not None:
             watch_engine(engine)
+        else:
+            # A transaction that begins before the engine is known would be overlooked.
+            watch_every_engine()
         if isinstance(self._target, sessionmaker | scoped_session):
             join_sessions_of(self._target)
-        Capture(self.app, self._choose, self._has_inbox, self._in_transaction).install()
+        Capture(self.app, self._choose, self._has_inbox, self._current.exists).install()
         self._add_relay_task()
         if self.app.configured:
             self._add_beat_entry(self.app)
@@ -240,7 +242,7 @@ class Outbox:
         named = named_scope()
         if named is None and not self.config.captures(task, durable=self._is_durable(task)):
             return None
-        scope = named or self._current_scope(task)
+        scope = named or self._current.scope(task)
         if scope is not None:
             return partial(self._stage_in, scope)
         match self.config.no_transaction:
@@ -254,46 +256,8 @@ class Outbox:
             case _:
                 return lambda envelope: self.store.stage_alone(row_of(envelope))
 
-    def _in_transaction(self) -> bool:
-        return named_scope() is not None or any(self._is_ours(scope) for scope in open_scopes())
-
     def _stage_in(self, scope: Scope, envelope: Envelope) -> None:
         scope.stage(self.store, row_of(envelope))
-
-    def _current_scope(self, task: str) -> Scope | None:
-        scopes = [scope for scope in open_scopes() if self._is_ours(scope)]
-        in_sessions = [
-            self._connection_of(scope) for scope in scopes if isinstance(scope, SessionScope)
-        ]
-        candidates = [
-            scope
-            for scope in scopes
-            if not (isinstance(scope, ConnectionScope) and scope.connection in in_sessions)
-        ]
-        if len(candidates) > 1:
-            raise AmbiguousTransaction(
-                f"{task} was sent while {len(candidates)} transactions are open: say which one it "
-                "goes with, with outbox.using(session)"
-            )
-        return candidates[0] if candidates else None
-
-    def _connection_of(self, scope: SessionScope) -> Connection | None:
-        """The connection on which the session works, or on which it will: the one it was given."""
-        bind = None if scope.session is None else scope.session.get_bind(clause=self.tables.outbox)
-        return bind if isinstance(bind, Connection) else scope.connection
-
-    def _is_ours(self, scope: Scope) -> bool:
-        """Whether the scope's transaction is one of the outbox's database."""
-        if isinstance(scope, ConnectionScope):
-            connection = scope.connection
-            return connection is not None and self._is_our_engine(connection.engine)
-        if not isinstance(scope, SessionScope) or scope.session is None:
-            return False
-        try:
-            bind = scope.session.get_bind(clause=self.tables.outbox)
-        except UnboundExecutionError:
-            return False
-        return self._is_our_engine(bind.engine)
 
     def _is_our_engine(self, engine: Engine) -> bool:
         try:

@@ -42,6 +42,8 @@ def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> A
         if handled.state == states.SUCCESS:
             result = outcome.result(backend)
             backend.mark_as_done(context.id, result, context, wanted)
+            if _body_is_claimed(backend, context):
+                raise RuntimeError("another part has claimed to send the chord's body")
             return trace_ok_t(result, None, 0.0, "already handled")
         if handled.state == states.FAILURE:
             task.backend.tell_failure(
@@ -54,6 +56,17 @@ def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> A
     finally:
         task.request_stack.pop()
         _task_stack.pop()
+
+
+def _body_is_claimed(backend: Any, context: Context) -> bool:
+    """Whether a part, which may have died of it, has Celery's claim to send the chord's body.
+
+    Redis, Celery 5.7: the claim ends by itself, but only a part that returns after that takes it.
+    """
+    if not (context.chord and context.group and hasattr(backend, "_chord_claim_extend_script")):
+        return False
+    claim = backend.client.get(backend.get_key_for_group(context.group, ".c"))
+    return claim not in (None, b"done", "done")
 
 
 def given_back(reason: BaseException) -> Any:

@@ -16,7 +16,6 @@ from sqlalchemy.exc import (
     DBAPIError,
     InterfaceError,
     OperationalError,
-    UnboundExecutionError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -169,11 +168,10 @@ class InboxTransaction:
         """The innermost open session of the body that works in this transaction."""
         if not self._in_body or self._connection is None:
             return None
-        for scope in reversed(open_scopes()):
-            if isinstance(scope, SessionScope) and scope.session is not None:
-                with suppress(UnboundExecutionError):
-                    if scope.session.get_bind(clause=store.tables.outbox) is self._connection:
-                        return scope
+        sessions = [scope for scope in open_scopes() if isinstance(scope, SessionScope)]
+        for scope in reversed(sessions):
+            if scope.bind_for(store.tables.outbox) is self._connection:
+                return scope
         return None
 
     def enter_body(self) -> None:

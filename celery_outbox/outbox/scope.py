@@ -15,8 +15,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Connection
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy import Connection, Engine, Table
+from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
 
 from celery_outbox import events
 from celery_outbox.errors import UnusableTransaction
@@ -120,6 +120,17 @@ class SessionScope:
         """The connection on which the session works, once it has one."""
         return None if self._connection is None else self._connection()
 
+    def bind_for(self, table: Table) -> Engine | Connection | None:
+        """Return the bind of the session on which it would write to `table`."""
+        session = self.session
+        if session is None:
+            return None
+        try:
+            return session.get_bind(clause=table)
+        except UnboundExecutionError:
+            # One that is bound for the app's own classes alone works on some connection all the same.
+            return self.connection
+
     def is_open(self) -> bool:
         # in_transaction() stays true in after_commit, when nothing can be written any more.
         session = self.session
@@ -183,7 +194,12 @@ class SessionScope:
             return
         staged, self._staged = self._staged, []
         store = staged[0][1]
-        connection = session.connection(bind_arguments={"clause": store.tables.outbox})
+        try:
+            connection = session.connection(bind_arguments={"clause": store.tables.outbox})
+        except UnboundExecutionError:
+            if self.connection is None:
+                raise
+            connection = self.connection
         for _, _, row in staged:
             _refuse_autocommit(connection, row)
             self._written.append(row["task"])
@@ -205,6 +221,7 @@ class SessionScope:
 
     def rolled_back(self) -> None:
         """The session has rolled back its root transaction, because somebody meant it."""
+        self._staged.clear()
         self._finished = True
 
     def committed(self) -> None:
@@ -219,6 +236,7 @@ class SessionScope:
             elif sys.exc_info()[0] is None:
                 # Closed, as sessions are that only read; an exception in flight means a roll-back.
                 self.heir(self.hand_over())
+        self._staged.clear()
         self._finished = True
 
     def hand_over(self) -> list[Row]:

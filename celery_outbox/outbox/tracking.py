@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from celery_outbox.outbox.scope import ConnectionScope, SessionScope, enter, leave
 
-__all__ = ["watch_engine", "watch_sessions"]
+__all__ = ["watch_engine", "watch_every_engine", "watch_sessions"]
 
-_watched: WeakSet[Engine] = WeakSet()
+_watched: WeakSet[Engine | type[Engine]] = WeakSet()
 
 
 def watch_sessions() -> None:
@@ -29,6 +29,8 @@ def watch_sessions() -> None:
 
 def watch_engine(engine: Engine) -> None:
     """Follow the transactions of this engine's connections. Safe to repeat."""
+    if Engine in _watched:
+        return
     # An engine.execution_options() hears what its engine hears: listening to both is hearing twice.
     while isinstance(engine, OptionEngine):
         engine = engine._proxied
@@ -36,6 +38,17 @@ def watch_engine(engine: Engine) -> None:
         _watched.add(engine)
         for name, listener in _ENGINE_EVENTS.items():
             event.listen(engine, name, listener)
+
+
+def watch_every_engine() -> None:
+    """Follow the connections of all engines, where it is not known yet which is the outbox's."""
+    if Engine not in _watched:
+        for name, listener in _ENGINE_EVENTS.items():
+            for engine in _watched:
+                event.remove(engine, name, listener)
+            event.listen(Engine, name, listener)
+        _watched.clear()
+        _watched.add(Engine)
 
 
 def _scope_of(session: Session) -> SessionScope | None:

@@ -1,0 +1,1 @@
+"""What the storage promises, held against every database that it speaks."""

@@ -1,0 +1,1 @@
+"""Accidents: one file each, with real processes and servers."""

@@ -1,0 +1,82 @@
+"""The brokers on which journeys are made: where each is, its settings, what is left in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError
+
+from tests.support.servers import RabbitMQ
+
+__all__ = ["Broker", "filesystem", "rabbitmq", "redis_database", "sqlalchemy_transport"]
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A broker: `left` counts the messages in it, delivered ones that are not acknowledged included."""
+
+    url: str
+    left: Callable[[], int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def rabbitmq(server: RabbitMQ, url: str | None = None) -> Broker:
+    """A vhost, by its own address or another (a proxy's)."""
+    vhost = server.create_vhost()
+    address = vhost if url is None else url + "/" + vhost.rpartition("/")[2]
+    return Broker(address, lambda: sum(_tasks(server.queue_depths(vhost)).values()))
+
+
+def _tasks(depths: dict[str, int]) -> dict[str, int]:
+    return {name: depth for name, depth in depths.items() if "celery.pidbox" not in name}
+
+
+def redis_database(url: str) -> Broker:
+    """A Redis database; it may hold results, too."""
+
+    def left() -> int:
+        with redis.Redis.from_url(url) as client:
+            lists = [key for key in client.keys("*") if client.type(key) == b"list"]
+            waiting = sum(client.llen(key) for key in lists)
+            return waiting + client.hlen("unacked")
+
+    return Broker(url, left)
+
+
+def filesystem(folder: Path) -> Broker:
+    """Kombu's filesystem transport, in a folder."""
+    messages, control = folder / "messages", folder / "control"
+    for path in (messages, control):
+        path.mkdir(parents=True)
+    options = {
+        "data_folder_in": str(messages),
+        "data_folder_out": str(messages),
+        "control_folder": str(control),
+        "polling_interval": 0.05,
+    }
+    return Broker(
+        "filesystem://",
+        lambda: len([path for path in messages.iterdir() if "celery.pidbox" not in path.name]),
+        {"broker_transport_options": options},
+    )
+
+
+def sqlalchemy_transport(url: str) -> Broker:
+    """Kombu's SQLAlchemy transport, in a database of its own."""
+    engine = create_engine(url)
+
+    def left() -> int:
+        try:
+            with engine.connect() as connection:
+                return connection.execute(
+                    text("SELECT count(*) FROM kombu_message WHERE visible")
+                ).scalar_one()
+        except DBAPIError:
+            return 0  # nobody has sent anything yet
+        finally:
+            engine.dispose()
+
+    return Broker(f"sqla+{url}", left)

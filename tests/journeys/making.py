@@ -1,0 +1,115 @@
+"""Making: where sites come from."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+from tests.journeys import brokers
+from tests.journeys.brokers import Broker
+from tests.journeys.site import Setup, Site
+from tests.support.servers import PostgreSQL, RabbitMQ, Redis
+
+__all__ = ["Making"]
+
+_numbers = itertools.count()
+
+
+class Making:
+    """Makes sites, each with a folder, database and broker of its own; ends them with the block."""
+
+    def __init__(
+        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        self._request = request
+        self._folders = tmp_path_factory
+        self._ending = ExitStack()
+
+    @property
+    def postgresql(self) -> PostgreSQL:
+        """The shared PostgreSQL."""
+        server: PostgreSQL = self._request.getfixturevalue("postgresql_server")
+        return server
+
+    @property
+    def rabbitmq(self) -> RabbitMQ:
+        """The shared RabbitMQ."""
+        server: RabbitMQ = self._request.getfixturevalue("rabbitmq_server")
+        return server
+
+    @property
+    def redis(self) -> Redis:
+        """The shared Redis."""
+        server: Redis = self._request.getfixturevalue("redis_server")
+        return server
+
+    def __call__(
+        self,
+        broker: str | Broker = "amqp",
+        database: str = "postgresql",
+        backend: str | None = "redis",
+        *,
+        create: bool = True,
+        **settings: Any,
+    ) -> Site:
+        """Make a site. `broker`, `database` and `backend` are kinds, or addresses."""
+        folder = self._folders.mktemp("site")
+        if isinstance(broker, str):
+            broker = self.broker(broker)
+        if database == "postgresql":
+            database = self.database()
+        elif database == "sqlite":
+            database = f"sqlite:///{folder / 'app.sqlite'}"
+        if backend == "redis":
+            backend = self.redis_url()
+        elif backend == "database":
+            backend = f"db+{self.database()}"
+        setup = Setup(str(folder), broker.url, database, backend, {**broker.settings, **settings})
+        site = Site(setup, broker.left)
+        self._ending.callback(site.close)
+        return site.create() if create else site
+
+    def broker(self, kind: str) -> Broker:
+        """Return an empty broker of a kind."""
+        match kind:
+            case "amqp":
+                broker = brokers.rabbitmq(self.rabbitmq)
+                self._ending.callback(self.rabbitmq.delete_vhost, broker.url)
+                return broker
+            case "redis":
+                return brokers.redis_database(self.redis_url())
+            case "filesystem":
+                return brokers.filesystem(self._folders.mktemp("broker"))
+            case "sqlalchemy":
+                return brokers.sqlalchemy_transport(self.database())
+            case "memory":
+                return Broker("memory://", lambda: 0)
+            case _:
+                raise ValueError(kind)
+
+    def database(self) -> str:
+        """Return an empty PostgreSQL database."""
+        url = self.postgresql.create_database()
+        self._ending.callback(self.postgresql.drop_database, url)
+        return url
+
+    def redis_url(self) -> str:
+        """Return an empty Redis database."""
+        number = next(_numbers) % self.redis.databases
+        self.redis.flush(number)
+        return self.redis.database_url(number)
+
+    def __enter__(self) -> Making:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ending.close()

@@ -1,0 +1,94 @@
+"""Points: places in a process at which a test has told it to die or to stop.
+
+A point is armed through a file, so that processes which run already obey; each strikes once, or once
+for every execution of a task. A process that was told so strikes at every event of celery_outbox.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from celery_outbox import events
+from tests.support.waiting import wait_until
+
+__all__ = ["Points"]
+
+
+class Points:
+    """The points of the processes that share a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._armed = folder / "armed"
+        self._struck = folder / "struck"
+        for path in (self._armed, self._struck):
+            path.mkdir(parents=True, exist_ok=True)
+
+    # In the test
+
+    def arm(
+        self,
+        point: str,
+        number: signal.Signals = signal.SIGKILL,
+        *,
+        only: str = "",
+        each: bool = False,
+        skip: int = 0,
+    ) -> None:
+        """Send `number` to the process that comes to `point`.
+
+        Once, or once for `each` key; only for keys that contain `only`; not the first `skip` times.
+        """
+        order = {"signal": int(number), "only": only, "each": each, "skip": skip}
+        draft = self._armed / f".{point}"
+        draft.write_text(json.dumps(order))
+        draft.rename(self._armed / point)
+
+    def disarm(self, point: str) -> None:
+        """Let processes pass again."""
+        (self._armed / point).unlink()
+
+    def struck(self, point: str) -> list[str]:
+        """Return the keys for which a process was struck at `point`."""
+        return sorted(path.name.partition("~")[2] for path in self._struck.glob(f"{point}~*"))
+
+    def wait_struck(self, point: str, times: int = 1, timeout: float = 30.0) -> None:
+        """Return when processes were struck at `point` so often."""
+        wait_until(lambda: len(self.struck(point)) >= times, timeout, f"a strike at {point!r}")
+
+    # In the process
+
+    def pass_by(self, point: str, key: str = "") -> None:
+        """Die or stop here, if told to."""
+        try:
+            order = json.loads((self._armed / point).read_text())
+        except FileNotFoundError:
+            return
+        if order["only"] not in key:
+            return
+        if order["skip"] and not self._mark(f"{point}^", order["skip"]):
+            return
+        mark = f"{point}~{quote(key, safe='') if order['each'] else ''}"
+        if self._mark(mark, 0):
+            os.kill(os.getpid(), order["signal"])
+
+    def _mark(self, name: str, skip: int) -> bool:
+        """Leave a mark that was not there; with `skip`, say whether all numbered marks are there."""
+        for number in range(skip) if skip else (None,):
+            path = self._struck / (name if number is None else f"{name}{number}")
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            return not skip
+        return bool(skip)
+
+    def watch_events(self) -> None:
+        """Pass by a point at each event of this process."""
+
+        def listen(name: str, details: dict[str, Any]) -> None:
+            self.pass_by(name, str(details.get("key", "")))
+
+        events.subscribe(listen)
