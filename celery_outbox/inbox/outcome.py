@@ -29,7 +29,9 @@ class Outcome:
         """Encode a result; raises kombu's ``EncodeError`` if it can't be."""
         if not wanted:
             return cls()
-        return cls(backend.encode(result), backend.current_task_children(request))
+        # As the backend does, a result that stands for other tasks becomes their ids.
+        encoded = backend.encode(backend.prepare_value(result))
+        return cls(encoded, backend.current_task_children(request))
 
     @classmethod
     def of_error(cls, backend: Any, error: BaseException, traceback: object) -> Outcome:

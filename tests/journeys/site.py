@@ -178,7 +178,9 @@ class Site:
         """Return what was written into the journal, sorted."""
         if not self._journal.exists():
             return []
-        lines = (line.split(maxsplit=1) for line in self._journal.read_text().splitlines())
+        # What follows the last line's end is a line that is being written.
+        whole, _, _ = self._journal.read_text().rpartition("\n")
+        lines = (line.split(maxsplit=1) for line in whole.splitlines())
         return sorted(name for found, name in lines if found == tag)
 
     def effects(self, tag: str) -> list[str]:
