@@ -12,11 +12,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import (
-    DBAPIError,
-    InterfaceError,
-    OperationalError,
-)
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_outbox import events
@@ -100,13 +96,17 @@ class InboxTransaction:
         return self._claim(store)
 
     def _claim(self, store: Store) -> Handled | None:
-        self._connection = store.engine.connect()
-        self._connection.begin()
-        if store.receive(self._connection, self.key, self.task, self.task_id):
-            events.emit(events.HANDLING, key=self.key)
-            return None
-        handled = store.handled(self._connection, self.key)
-        self._close()
+        connection = store.engine.connect()
+        try:
+            connection.begin()
+            if store.receive(connection, self.key, self.task, self.task_id):
+                self._connection = connection
+                events.emit(events.HANDLING, key=self.key)
+                return None
+            handled = store.handled(connection, self.key)
+        finally:
+            if self._connection is None:
+                connection.close()
         if handled is None:
             raise GivenBack(f"{self.task}[{self.task_id}] is being executed by another delivery")
         return handled
