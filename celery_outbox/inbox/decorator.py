@@ -44,7 +44,8 @@ def durable_task(
 
     Takes every option of Celery's ``shared_task``. Besides:
 
-    - ``inbox=False``: no inbox. The message goes through the outbox, the execution is a stock one.
+    - ``inbox=False``: no inbox. The message goes through the outbox, the execution is a stock one, at
+      least once: it is acknowledged late, unless you say otherwise.
     - ``session=False``: no transaction is held open while the body runs, for tasks that take long or
       write nothing. What it sends, and its outcome, still are committed once; the body may run twice.
     - ``base``: a task class of yours; without it the app's own ``Task`` class is kept.
@@ -63,9 +64,6 @@ def durable_task(
                     f"@durable_task({option}=False): the broker would forget the message before its "
                     "effects are committed; leave it out, or give inbox=False"
                 )
-    else:
-        # A stock execution has Celery's own defaults for these.
-        options = {"acks_late": None, "reject_on_worker_lost": None, **options}
     options.update(inbox=inbox, holds_session=session and inbox)
 
     def decorate(function: Callable[..., Any]) -> Any:

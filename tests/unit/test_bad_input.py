@@ -366,6 +366,18 @@ def test_a_durable_task_that_acknowledges_early_is_refused(option: str) -> None:
     durable_task(**early, inbox=False)
 
 
+def test_without_an_inbox_a_task_is_acknowledged_late_all_the_same() -> None:
+    """P16: it may run twice, but a killed worker does not lose it."""
+    app = Celery("late", broker="memory://", set_as_current=False)
+    task = durable_task(app=app, inbox=False, name="late.task")(nothing)
+    assert (task.acks_late, task.reject_on_worker_lost) == (True, True)
+    early = durable_task(app=app, inbox=False, name="late.early", acks_late=False)(nothing)
+    assert early.acks_late is False
+
+
+def nothing() -> None: ...
+
+
 @pytest.mark.parametrize("option", ["acks_late", "reject_on_worker_lost"])
 def test_annotations_that_make_it_acknowledge_early_keep_a_worker_from_starting(
     make_shop: MakeShop, sqlite_url: str, option: str
