@@ -7,6 +7,7 @@ a skip.
 """
 
 import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,16 @@ import pytest
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
 
 _redis_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A worker or a command that runs in this process sets up logging for all of it."""
+    loggers = [logging.getLogger(name) for name in ("", "celery", "celery_outbox", "kombu")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
