@@ -118,6 +118,12 @@ class Relay:
                 self._troubles += 1
                 logger.error("the database is away: %s", exc)
                 tally = Tally()
+            except Exception:
+                # Nothing that we know of; but what it is must not end the relay for all messages.
+                self._troubles += 1
+                logger.exception("a batch was not ended, and will be taken again after its lease")
+                self._publisher.close()
+                tally = Tally()
             # A full page is followed at once.
             if tally.claimed < self._config.batch_size or tally.released:
                 stop.wait(self._pause())
