@@ -47,7 +47,10 @@ def redis_database(url: str) -> Broker:
 
 
 def filesystem(folder: Path) -> Broker:
-    """Kombu's filesystem transport, in a folder."""
+    """Kombu's filesystem transport, in a folder, with the example's way of writing files.
+
+    Kombu's own lets a worker read a file that is not yet filled, and that ends the worker.
+    """
     messages, control = folder / "messages", folder / "control"
     for path in (messages, control):
         path.mkdir(parents=True)
@@ -60,7 +63,10 @@ def filesystem(folder: Path) -> Broker:
     return Broker(
         "filesystem://",
         lambda: len([path for path in messages.iterdir() if "celery.pidbox" not in path.name]),
-        {"broker_transport_options": options},
+        {
+            "broker_transport": "examples.shop.folder:Transport",
+            "broker_transport_options": options,
+        },
     )
 
 
