@@ -3,9 +3,11 @@
 P7: the good ones are not delayed, and not blamed; the bad ones end as dead letters that say why.
 """
 
+import math
 import time
 
 import pytest
+from kombu import Queue
 
 from tests.journeys.making import Making
 from tests.journeys.site import Site, new_tag
@@ -71,3 +73,27 @@ def test_with_a_relay_of_small_batches(sites: Making, broker: str) -> None:
     _verify_dead(site, broker)
     relay.wait_for_log("is a dead letter after 3 attempts")
     assert not site.pending()
+
+
+def test_a_message_for_which_the_broker_ends_the_connection(sites: Making) -> None:
+    """It looks like a broker that goes away, and must not hold up the others for ever."""
+    site = sites("amqp", outbox_max_attempts=2, outbox_backoff_cap_seconds=0.1)
+    # RabbitMQ can't take infinity in an argument of a queue, and drops the connection.
+    killer = Queue("killer", queue_arguments={"x-max-length": math.inf})
+    tags = [new_tag(f"{number}") for number in range(5)]
+    with site.Session.begin():
+        site.step(new_tag("bad")).apply_async(queue=killer)
+        for tag in tags:
+            site.step(tag).delay()
+
+    def done() -> bool:
+        site.outbox.relay_once()
+        return not site.pending()
+
+    wait_until(done, 60, "an empty outbox", interval=0.1)
+    (dead,) = site.dead()
+    assert "ended the connection" in dead["last_error"]
+    site.worker()
+    for tag in tags:
+        site.wait_effects(tag, ["done"])
+    site.wait_quiet()
