@@ -91,18 +91,3 @@ def test_a_relay_that_is_told_to_stop_ends_its_batch(sites: Making, broker: str)
     assert counts["in_flight"] == 0
     assert 0 < counts["outgoing"] < 2000
     assert site.left() + counts["outgoing"] == 2000
-
-
-def test_a_worker_that_is_told_to_stop_loses_nothing(sites: Making) -> None:
-    """Accident 12: it ends what it handles; the rest is the next worker's."""
-    site = sites()
-    tags = _send(site, 200)
-    site.relay()
-    worker = site.worker("--loglevel=ERROR", ready_timeout=None)
-    wait_until(lambda: len(site.effects(tags[0])) == 1, 30, "the worker at work")
-    assert worker.terminate() == 0
-    handled = site.outbox.store.counts()["incoming"]
-    assert 0 < handled < 200
-    site.worker("--loglevel=ERROR", ready_timeout=None)
-    wait_until(lambda: all(site.runs(tag) for tag in tags), 60, "every body")
-    _verify_once(site, tags)
