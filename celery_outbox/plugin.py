@@ -79,8 +79,8 @@ Named: TypeAlias = "Session | scoped_session[Any] | AsyncSession | Connection | 
 class Outbox:
     """The outbox of a Celery app, in a database of the app's.
 
-    `target` says which database: a sessionmaker, scoped_session or async_sessionmaker (the best
-    choice: its sessions join the transaction of a durable task by themselves), an engine, or a URL;
+    `target` says which database: a sessionmaker or scoped_session (the best choice: its sessions join
+    the transaction of a durable task by themselves), an async_sessionmaker, an engine, or a URL;
     without it the setting ``outbox_database_url`` does. `metadata` is the app's own, so that Alembic
     sees the tables; `schema` and `prefix` say where and how they are named.
 
