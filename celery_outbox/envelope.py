@@ -14,7 +14,7 @@ from kombu.utils.json import dumps, loads
 
 from celery_outbox.errors import EnvelopeError
 
-__all__ = ["Envelope", "message_key"]
+__all__ = ["Envelope", "application_id", "message_key"]
 
 #: The form in which `Envelope.dump` writes. A reader refuses what is newer than itself.
 FORMAT = 1
@@ -32,20 +32,30 @@ def message_key(headers: Mapping[str, Any], part: str = "") -> str:
     """Return what tells one execution of a task from another.
 
     The task id alone does not: the same id runs again by right as a retry (``retries``), as its own
-    replacement (``replaced_task_nesting``), and in a group that holds one frozen signature twice
-    (``group_index``). `part` is for what belongs to an execution and is committed by itself.
+    replacement (``replaced_task_nesting``), in a group that holds one frozen signature twice
+    (``group_index``), and where one frozen signature is applied twice (the AMQP property
+    ``message_id``, which capture sets). `part` is for what belongs to an execution and is committed
+    by itself.
     """
     index = headers.get("group_index")
+    application = application_id(headers)
     key = ":".join(
         (
             str(headers["id"]),
             str(headers.get("retries") or 0),
             str(headers.get("replaced_task_nesting") or 0),
             "" if index is None else str(index),
+            *([application] if application else ()),
             *([part] if part else ()),
         )
     )
     return key if len(key) <= KEY_LENGTH else "sha256:" + sha256(key.encode()).hexdigest()
+
+
+def application_id(request: Mapping[str, Any]) -> str | None:
+    """Return what tells one application of a signature from another, if the message says so."""
+    given = (request.get("properties") or {}).get("message_id")
+    return None if given is None else str(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +97,7 @@ class Envelope:
         An expired message keeps an expiration of 0, as Celery itself sends it.
         """
         changed = self
-        if self.expires_at is not None:
+        if self.expires_at is not None and "expiration" in self.properties:
             left = max(timedelta(0), self.expires_at - now)
             milliseconds = str(int(left.total_seconds() * 1000))
             changed = replace(self, properties={**self.properties, "expiration": milliseconds})

@@ -28,6 +28,7 @@ from celery_outbox.errors import (
 from celery_outbox.inbox.installation import install, installed_in
 from celery_outbox.inbox.joining import join_sessions_of
 from celery_outbox.inbox.task import DurableTask
+from celery_outbox.inbox.transaction import new_application
 from celery_outbox.outbox.capture import Capture, Stage
 from celery_outbox.outbox.current import Current
 from celery_outbox.outbox.scope import (
@@ -120,7 +121,9 @@ class Outbox:
             watch_every_engine()
         if isinstance(self._target, sessionmaker | scoped_session):
             join_sessions_of(self._target)
-        Capture(self.app, self._choose, self._has_inbox, self._current.exists).install()
+        Capture(
+            self.app, self._choose, self._has_inbox, new_application, self._current.exists
+        ).install()
         self._add_relay_task()
         if self.app.configured:
             self._add_beat_entry(self.app)

@@ -69,6 +69,7 @@ def described(task: DurableTask, request: Any) -> dict[str, Any]:
         "retries": request.retries,
         "replaced_task_nesting": request.replaced_task_nesting,
         "group_index": request.group_index,
+        "properties": request.properties,
     }
 
 

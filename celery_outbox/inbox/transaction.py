@@ -7,16 +7,18 @@ or its error callbacks are then recorded in a second, short transaction that cla
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from celery._state import get_current_worker_task
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_outbox import events
-from celery_outbox.envelope import message_key
+from celery_outbox.envelope import application_id, message_key
 from celery_outbox.errors import CommitRefused
 from celery_outbox.outbox.scope import SessionScope, naming, open_scopes
 from celery_outbox.storage.store import Handled, Store
@@ -28,7 +30,13 @@ if TYPE_CHECKING:
     from celery_outbox.inbox.installation import Installation
     from celery_outbox.inbox.outcome import Outcome
 
-__all__ = ["AnsweredElsewhere", "GivenBack", "InboxTransaction", "current_transaction"]
+__all__ = [
+    "AnsweredElsewhere",
+    "GivenBack",
+    "InboxTransaction",
+    "current_transaction",
+    "new_application",
+]
 
 _current: ContextVar[InboxTransaction | None] = ContextVar("celery_outbox_inbox", default=None)
 
@@ -36,6 +44,23 @@ _current: ContextVar[InboxTransaction | None] = ContextVar("celery_outbox_inbox"
 def current_transaction() -> InboxTransaction | None:
     """Return the transaction of the durable task that runs in this context."""
     return _current.get()
+
+
+def new_application(described: Mapping[str, Any]) -> str | None:
+    """Return an id for a message that is sent now, or None if it may be sent again by a redelivery.
+
+    What is sent in a durable task's transaction, or by an app outside any task, is sent once, so that
+    the same signature sent twice is meant twice. What a stock task sends, or the result backend after
+    a commit (the body of a chord), is sent again when its message is redelivered, and then is the
+    same by its frozen task id. `described` are the headers of the message.
+    """
+    transaction = _current.get()
+    if transaction is None:
+        return None if get_current_worker_task() else uuid.uuid4().hex
+    if transaction.state is not None:
+        return None
+    is_retry = described["id"] == transaction.task_id and described.get("retries")
+    return transaction.application if is_retry else uuid.uuid4().hex
 
 
 class GivenBack(BaseException):
@@ -64,6 +89,7 @@ class InboxTransaction:
         part: str = "",
     ) -> None:
         self.key = message_key(request, part)
+        self.application = application_id(request)
         self.task_id = str(request["id"])
         self.task = str(request.get("task", ""))
         #: Whether the body has been entered; another task that it calls is part of it.

@@ -40,8 +40,9 @@ class Capture:
 
     `choose` is asked for each task message, by task name, and answers with where to stage it, or
     None to let Celery publish it. `has_inbox` tells whether a task's worker will record that it has
-    handled the message, so that the envelope may be kept until then. `in_transaction` tells whether
-    the caller is in one.
+    handled the message, so that the envelope may be kept until then. `application` gives an id to the
+    application that a message of such a task comes from. `in_transaction` tells whether the caller is
+    in one.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Capture:
         app: Celery,
         choose: Callable[[str], Stage | None],
         has_inbox: Callable[[str], bool],
+        application: Callable[[Mapping[str, Any]], str | None],
         in_transaction: Callable[[], bool],
     ) -> None:
         self._app = app
         self._choose = choose
         self._has_inbox = has_inbox
+        self._application = application
         self._in_transaction = in_transaction
         self._sender: Callable[..., Any] | None = None
         self._results = Results(app, in_transaction)
@@ -76,14 +79,16 @@ class Capture:
         if stage is None:
             self._results.ask_now(producer)
             return self._stock_sender()(producer, name, message, **options)
+        described, has_inbox = _described(message), self._has_inbox(name)
         staging = StagingProducer(
             producer,
             stage,
             task=name,
-            described=_described(message),
+            described=described,
             time_zone=self._app.timezone,
             in_transaction=self._in_transaction(),
-            keep=self._has_inbox(name),
+            has_inbox=has_inbox,
+            application=self._application(described) if has_inbox else None,
             mandatory=self._exchange_type(options) not in _MAY_REACH_NOBODY,
             also_declare=self._results.reply_queues(),
         )
@@ -136,7 +141,8 @@ class StagingProducer(Producer):
         described: Mapping[str, Any],
         time_zone: tzinfo,
         in_transaction: bool,
-        keep: bool,
+        has_inbox: bool,
+        application: str | None,
         mandatory: bool,
         also_declare: Sequence[Queue],
     ) -> None:
@@ -146,7 +152,8 @@ class StagingProducer(Producer):
         self._described: Mapping[str, Any] | None = described
         self._time_zone = time_zone
         self._in_transaction = in_transaction
-        self._keep = keep
+        self._has_inbox = has_inbox
+        self._application = application
         self._mandatory = mandatory
         self._also_declare = also_declare
         super().__init__(
@@ -195,12 +202,18 @@ class StagingProducer(Producer):
             expires_at = datetime.now(timezone.utc) + timedelta(milliseconds=int(milliseconds))
         if described is not None and described.get("eta"):
             due_at = self._due(described["eta"])
+        has_inbox = self._has_inbox and described is not None
+        if has_inbox:
+            # The broker would drop the message without a word; a worker answers for it (REVOKED).
+            properties.pop("expiration", None)
+            if self._application is not None:
+                properties.setdefault("message_id", self._application)
         identity = described or {"id": f"task-sent:{self._task}"}
         self._stage_envelope(
             Envelope(
                 task=self._task if described else "task-sent",
                 task_id=str(identity["id"]),
-                key=message_key(identity),
+                key=message_key({**identity, "properties": properties}),
                 body=body.encode() if isinstance(body, str) else bytes(body),
                 is_text=isinstance(body, str),
                 content_type=content_type,
@@ -212,7 +225,7 @@ class StagingProducer(Producer):
                 routing_key=routing_key,
                 mandatory=bool(mandatory or (described and self._mandatory)),
                 declare=tuple(freeze(entity) for entity in entities),
-                keep=self._keep and described is not None,
+                keep=has_inbox,
                 due_at=due_at,
                 expires_at=expires_at,
             )

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -23,7 +24,7 @@ from kombu import Exchange, Queue
 from kombu.common import Broadcast
 from sqlalchemy.pool import StaticPool
 
-from celery_outbox import Outbox
+from celery_outbox import Outbox, durable_task
 from tests.unit import calls, wire
 
 _DELAYED = "celery_delayed_27"
@@ -38,7 +39,7 @@ class FrozenCelery(Celery):
         return self.moment
 
 
-def make_app(broker: str, **options: Any) -> Celery:
+def make_app(broker: str, *, durable: bool = False, **options: Any) -> Celery:
     app = FrozenCelery("same", set_as_current=False)
     app.conf.update(
         broker_url=f"recording://{broker}",
@@ -91,6 +92,11 @@ def make_app(broker: str, **options: Any) -> Celery:
     @app.task(name="t.bound", shared=False, bind=True, compression="gzip", max_retries=9)
     def bound(self: Any, *args: Any, **kwargs: Any) -> None: ...
 
+    task = partial(durable_task, app=app) if durable else partial(app.task, shared=False)
+
+    @task(name="t.durable")
+    def careful(*args: Any, **kwargs: Any) -> None: ...
+
     return app
 
 
@@ -101,7 +107,11 @@ class Pair:
         self._stock_broker, self._outbox_broker = wire.new_name(), wire.new_name()
         self.stock = make_app(self._stock_broker, **options)
         self.ours = make_app(
-            self._outbox_broker, outbox_capture="all", outbox_relay_tick_seconds=0, **options
+            self._outbox_broker,
+            durable=True,
+            outbox_capture="all",
+            outbox_relay_tick_seconds=0,
+            **options,
         )
         engine = sa.create_engine(
             "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
@@ -129,6 +139,17 @@ class Pair:
             assert_close(delay(message), delay(like), 60)
         if error is None:  # else it may come before a declaration, or after
             assert distinct(got.declared) == distinct(expected.declared)
+
+    def send(self, send: Callable[[Celery], Any]) -> tuple[wire.Published, wire.Published]:
+        """Let both do `send`; return the one message of each."""
+        self._begin(self._stock_broker, self._outbox_broker)
+        for app in (self.stock, self.ours):
+            with same_ids(0):
+                send(app)
+        self._relay()
+        (stock,) = wire.broker(self._stock_broker).published
+        (ours,) = wire.broker(self._outbox_broker).published
+        return stock, ours
 
     def _begin(self, *brokers: str) -> None:
         for name in brokers:
@@ -335,3 +356,26 @@ def test_what_the_outbox_does_in_a_transaction_is_the_same(
             task.apply_async((2,), countdown=9)
 
     both.compare(send)
+
+
+@pytest.mark.parametrize("pair", ["plain", "protocol 1"])
+def test_a_durable_task_differs_in_two_properties(pairs: dict[str, Pair], pair: str) -> None:
+    """It says which application it is, and is not dropped by the broker when it is out of date."""
+    stock, ours = pairs[pair].send(lambda app: app.tasks["t.durable"].apply_async(expires=60))
+    assert stock.expiration == "60000"
+    assert ours.expiration is None
+    message_id = ours.properties.pop("message_id")
+    assert len(message_id) == 32
+    assert ours.properties == stock.properties
+    assert (ours.exchange, ours.routing_key, ours.body) == (
+        stock.exchange,
+        stock.routing_key,
+        stock.body,
+    )
+
+
+def test_a_message_id_of_the_callers_is_kept(pairs: dict[str, Pair]) -> None:
+    _, ours = pairs["plain"].send(
+        lambda app: app.tasks["t.durable"].apply_async(message_id="order 7")
+    )
+    assert ours.properties["message_id"] == "order 7"
