@@ -1,4 +1,4 @@
-"""Tables: outbox, inbox, dead letters and the schema version, as one SQLAlchemy Core definition."""
+"""Tables: outbox, inbox, dead letters, beat's runs and the schema version, in SQLAlchemy Core."""
 
 from __future__ import annotations
 
@@ -117,6 +117,13 @@ class Tables:
             *stored_message(),
             Column("died_at", UTCDateTime, nullable=False),
         )
+        #: When each entry of beat ran last (`celery_outbox.beat`).
+        self.beat = table(
+            "outbox_beat",
+            Column("name", String(NAME_LENGTH), primary_key=True),
+            Column("last_run_at", UTCDateTime, nullable=False),
+            Column("run_count", Integer, nullable=False),
+        )
         self.version = table("outbox_schema", Column("version", Integer, primary_key=True))
         event.listen(self.version, "after_create", self._write_version)
         Index(f"ix_{prefix}outbox_available", self.outbox.c.available_at, self.outbox.c.id)
@@ -129,4 +136,4 @@ class Tables:
 
     def all(self) -> list[Table]:
         """Return the tables in the order in which they are created."""
-        return [self.outbox, self.inbox, self.dead_letter, self.version]
+        return [self.outbox, self.inbox, self.dead_letter, self.beat, self.version]
