@@ -14,6 +14,7 @@ from celery_outbox.errors import (
 )
 from celery_outbox.inbox.decorator import durable_task
 from celery_outbox.inbox.task import DurableTask, current_session
+from celery_outbox.outbox.bypass import Bypassed
 from celery_outbox.plugin import Outbox
 from celery_outbox.relay.loop import Tally
 
@@ -36,6 +37,7 @@ __all__ = [  # noqa: RUF022 (by subject)
     "AmbiguousTransaction",
     "UnusableTransaction",
     "CommitRefused",
+    "Bypassed",
 ]
 
 __version__ = "0.1.0"

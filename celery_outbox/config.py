@@ -16,6 +16,7 @@ __all__ = ["PREFIX", "Config"]
 PREFIX = "outbox_"
 
 NoTransactionPolicy = Literal["store", "publish", "refuse"]
+BypassPolicy = Literal["warn", "refuse", "allow"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class Config:
     capture: str | tuple[str, ...] = "durable"
     #: What happens to a durable task that is sent with no transaction current.
     no_transaction: NoTransactionPolicy = "store"
+    #: What happens to a message that goes around the outbox, and perhaps should not.
+    bypass: BypassPolicy = "warn"
     #: How often celery beat drives the relay; 0 leaves the beat schedule alone.
     relay_tick_seconds: float = 1.0
     #: The queue of the relay's own task; None is the app's default queue.
@@ -61,6 +64,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.no_transaction not in ("store", "publish", "refuse"):
             raise _wrong("no_transaction", self.no_transaction, '"store", "publish" or "refuse"')
+        if self.bypass not in ("warn", "refuse", "allow"):
+            raise _wrong("bypass", self.bypass, '"warn", "refuse" or "allow"')
         for name in ("batch_size", "max_attempts"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -111,8 +116,8 @@ class Config:
         for name in names:
             lowered = name.lower().removeprefix("celery_")
             if lowered.startswith(PREFIX) and lowered.removeprefix(PREFIX) not in known:
-                near = difflib.get_close_matches(lowered, [PREFIX + k for k in known], n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                near = difflib.get_close_matches(lowered.removeprefix(PREFIX), known, n=1)
+                hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
                 raise ConfigurationError(f"unknown setting {name}{hint}")
         values = {name: settings.get(PREFIX + name) for name in known}
         given: dict[str, Any] = {k: value for k, value in values.items() if value is not None}

@@ -29,6 +29,7 @@ from celery_outbox.inbox.installation import install, installed_in
 from celery_outbox.inbox.joining import join_sessions_of
 from celery_outbox.inbox.task import DurableTask
 from celery_outbox.inbox.transaction import new_application
+from celery_outbox.outbox.bypass import Bypasses
 from celery_outbox.outbox.capture import Capture, Stage
 from celery_outbox.outbox.current import Current
 from celery_outbox.outbox.scope import (
@@ -121,8 +122,14 @@ class Outbox:
             watch_every_engine()
         if isinstance(self._target, sessionmaker | scoped_session):
             join_sessions_of(self._target)
+        self._bypasses = Bypasses(lambda: self.config.bypass, self._has_inbox)
         Capture(
-            self.app, self._choose, self._has_inbox, new_application, self._current.exists
+            self.app,
+            self._choose,
+            self._has_inbox,
+            new_application,
+            self._current.exists,
+            self._bypasses,
         ).install()
         self._add_relay_task()
         if self.app.configured:
@@ -244,6 +251,11 @@ class Outbox:
             return None
         named = named_scope()
         if named is None and not self.config.captures(task, durable=self._is_durable(task)):
+            if self._current.exists():
+                self._bypasses.report(
+                    task,
+                    "is not captured, and is published whatever becomes of the transaction around it",
+                )
             return None
         scope = named or self._current.scope(task)
         if scope is not None:

@@ -19,6 +19,7 @@ from kombu.messaging import Producer
 
 from celery_outbox.declaration import freeze
 from celery_outbox.envelope import Envelope, message_key
+from celery_outbox.outbox.bypass import Bypasses
 from celery_outbox.outbox.results import Results
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ class Capture:
         has_inbox: Callable[[str], bool],
         application: Callable[[Mapping[str, Any]], str | None],
         in_transaction: Callable[[], bool],
+        bypasses: Bypasses,
     ) -> None:
         self._app = app
+        self._bypasses = bypasses
         self._choose = choose
         self._has_inbox = has_inbox
         self._application = application
@@ -69,13 +72,18 @@ class Capture:
         self._sender = amqp.__dict__.get("send_task_message")
         amqp.send_task_message = self._send
         self._results.install()
+        self._bypasses.watch()
 
     def _send(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
         """Stand in for ``send_task_message``."""
+        with self._bypasses.in_seam():
+            return self._stage_or_publish(producer, name, message, **options)
+
+    def _stage_or_publish(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
         ours = self._is_own_broker(producer.connection)
         stage = self._choose(_decisive(name, message)) if ours else None
         if not ours and self._has_inbox(name):
-            logger.warning("durable task %s goes around the outbox, to another broker", name)
+            self._bypasses.report(name, "is durable, and goes around the outbox, to another broker")
         if stage is None:
             self._results.ask_now(producer)
             return self._stock_sender()(producer, name, message, **options)

@@ -80,6 +80,7 @@ WRONG: dict[str, list[Any]] = {
     "database_url": [7, True],
     "relay_queue": [7],
     "keep_until_handled": ["yes", 1, "false"],
+    "bypass": ["shout", True],
     "trust_broker": ["yes", 1, "false"],
 }
 
