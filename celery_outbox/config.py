@@ -35,6 +35,8 @@ class Config:
     relay_tick_seconds: float = 1.0
     #: The queue of the relay's own task; None is the app's default queue.
     relay_queue: str | None = None
+    #: Run a relay in a thread of each ``celery worker``.
+    relay_in_worker: bool = False
     #: How many envelopes are claimed, published and settled together.
     batch_size: int = 500
     #: How long a claimed envelope is left to its relay before another one may take it.
@@ -88,7 +90,7 @@ class Config:
             raise ConfigurationError(f"{PREFIX}database_url is wrong: it takes a string")
         if not isinstance(self.relay_queue, str | None):
             raise _wrong("relay_queue", self.relay_queue, "the name of a queue")
-        for name in ("keep_until_handled", "trust_broker"):
+        for name in ("keep_until_handled", "relay_in_worker", "trust_broker"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         if self.lease_seconds < 2 * self.confirm_timeout_seconds:

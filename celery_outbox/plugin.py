@@ -25,6 +25,7 @@ from celery_outbox.errors import (
     NoTransaction,
     OutboxError,
 )
+from celery_outbox.hosting import WorkerRelay
 from celery_outbox.inbox.installation import install, installed_in
 from celery_outbox.inbox.joining import join_sessions_of
 from celery_outbox.inbox.task import DurableTask
@@ -53,6 +54,7 @@ from celery_outbox.storage.engine import (
     engine_from_url,
     engine_of,
     is_same_database,
+    twin_of,
     working_engine_of,
 )
 from celery_outbox.storage.store import Store, row_of
@@ -137,7 +139,7 @@ class Outbox:
         else:
             self.app.on_after_configure.connect(self._add_beat_entry)
         beat_init.connect(self._check_beat)
-        self.app.steps["worker"].add(WorkerChecks)
+        self.app.steps["worker"].update((WorkerChecks, WorkerRelay))
 
     def _add_relay_task(self) -> None:
         # Stock, whatever class the app's tasks have.
@@ -300,13 +302,20 @@ class Outbox:
     def relay(self) -> Relay:
         """Return this process's relay, with a connection of its own to the broker."""
         if self._relay is None or self._relay[0] != os.getpid():
-            publisher = publisher_for(
-                self._connect,
-                self.config.confirm_timeout_seconds,
-                trust_broker=self.config.trust_broker,
-            )
-            self._relay = (os.getpid(), Relay(self.store, publisher, self.config))
+            self._relay = (os.getpid(), self._make_relay(self.store))
         return self._relay[1]
+
+    def hosted_relay(self) -> Relay:
+        """Return a relay that shares no connection and no pool with the rest of the process."""
+        return self._make_relay(Store(twin_of(self.engine), self.tables))
+
+    def _make_relay(self, store: Store) -> Relay:
+        publisher = publisher_for(
+            self._connect,
+            self.config.confirm_timeout_seconds,
+            trust_broker=self.config.trust_broker,
+        )
+        return Relay(store, publisher, self.config)
 
     def check_broker(self) -> None:
         """Raise `ConfigurationError` for a broker to which nothing can be published safely."""

@@ -12,7 +12,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from celery_outbox.errors import ConfigurationError
 from celery_outbox.storage.asynchronous import AsyncEngine, async_sessionmaker
 
-__all__ = ["engine_from_url", "engine_of", "is_same_database", "working_engine_of"]
+__all__ = ["engine_from_url", "engine_of", "is_same_database", "twin_of", "working_engine_of"]
 
 #: Drivers that only work in an event loop, and those that reach the same database without one.
 _SYNCHRONOUS = {
@@ -74,6 +74,16 @@ def engine_from_url(url: str) -> Engine:
             "the outbox's database URL (Outbox(app, url) or outbox_database_url) is none; it looks "
             "like postgresql+psycopg://user@host/database or sqlite:///path"
         ) from None
+
+
+def twin_of(engine: Engine) -> Engine:
+    """Return an engine like this one with a pool of its own: they share no connection and no lock.
+
+    A database that lives in its connection alone (SQLite's in memory) has no twin but itself.
+    """
+    if _identity(engine.url)[-1] in (None, "", ":memory:") and engine.dialect.name == "sqlite":
+        return engine
+    return Engine(engine.pool.recreate(), engine.dialect, engine.url)
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:

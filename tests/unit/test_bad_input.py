@@ -81,6 +81,7 @@ WRONG: dict[str, list[Any]] = {
     "relay_queue": [7],
     "keep_until_handled": ["yes", 1, "false"],
     "bypass": ["shout", True],
+    "relay_in_worker": ["yes", 1, "false"],
     "trust_broker": ["yes", 1, "false"],
 }
 
