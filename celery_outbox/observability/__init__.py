@@ -1,0 +1,1 @@
+"""What monitoring sees: figures that any process reads from the database, and counts of events."""
