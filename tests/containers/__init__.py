@@ -1,0 +1,1 @@
+"""Journeys through pytest-celery's own fixtures, on containers or on local processes."""
