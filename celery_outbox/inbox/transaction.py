@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_outbox import events
 from celery_outbox.envelope import application_id, message_key
 from celery_outbox.errors import CommitRefused
+from celery_outbox.inbox.savepoint import FirstSavepoint
 from celery_outbox.outbox.scope import SessionScope, naming, open_scopes
 from celery_outbox.storage.store import Handled, Store
 
@@ -104,6 +105,7 @@ class InboxTransaction:
         self._holds_session = holds_session
         self._connection: Connection | None = None
         self._session: Session | None = None
+        self._savepoint: FirstSavepoint | None = None
         self._staged: list[Mapping[str, Any]] = []
         self._scopes: list[SessionScope] = []
         self._retry: list[Mapping[str, Any]] = []
@@ -119,23 +121,38 @@ class InboxTransaction:
         if not self._holds_session:
             with store.engine.connect() as connection:
                 return store.handled(connection, self.key)
-        return self._claim(store)
+        return self._claim(store, briefly=True)
 
-    def _claim(self, store: Store) -> Handled | None:
+    def _claim(self, store: Store, *, briefly: bool = False) -> Handled | None:
         connection = store.engine.connect()
         try:
             connection.begin()
-            if store.receive(connection, self.key, self.task, self.task_id):
+            # Nothing is lost yet when it begins; at the end a body would have run in vain.
+            with store.dialect.waiting_briefly(connection) if briefly else nullcontext():
+                handled = self._receive(store, connection)
+            if handled is None:
                 self._connection = connection
+                if FirstSavepoint.suits(connection):
+                    self._savepoint = FirstSavepoint(connection, self._claim_again)
                 events.emit(events.HANDLING, key=self.key)
-                return None
-            handled = store.handled(connection, self.key)
         finally:
             if self._connection is None:
                 connection.close()
+        return handled
+
+    def _receive(self, store: Store, connection: Connection) -> Handled | None:
+        if store.receive(connection, self.key, self.task, self.task_id):
+            return None
+        handled = store.handled(connection, self.key)
         if handled is None:
             raise GivenBack(f"{self.task}[{self.task_id}] is being executed by another delivery")
         return handled
+
+    def _claim_again(self) -> None:
+        """Claim, in the same connection, what a session of the body has rolled back."""
+        assert self._connection is not None
+        if handled := self._receive(self._installation.store, self._connection):
+            raise AnsweredElsewhere(handled)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -226,6 +243,8 @@ class InboxTransaction:
                 raise AnsweredElsewhere(handled)
             connection = self._connection
             assert connection is not None
+            if self._savepoint is not None:
+                self._savepoint.claim_again()
             if rows := [*self._staged, *self._retry]:
                 store.stage(connection, rows)
             text = None if outcome is None else outcome.dump()
@@ -262,6 +281,9 @@ class InboxTransaction:
     def _close(self) -> None:
         session, self._session = self._session, None
         connection, self._connection = self._connection, None
+        savepoint, self._savepoint = self._savepoint, None
+        if savepoint is not None:
+            savepoint.end()
         # A broken connection may fail to close or roll back: the database has done it already.
         if session is not None:
             with suppress(DBAPIError):
@@ -269,3 +291,5 @@ class InboxTransaction:
         if connection is not None:
             with suppress(DBAPIError):
                 connection.close()
+        if savepoint is not None:
+            savepoint.detach()

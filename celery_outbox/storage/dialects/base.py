@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -18,7 +19,10 @@ from sqlalchemy import (
     update,
 )
 
-__all__ = ["Dialect"]
+__all__ = ["RECEIVED", "Dialect"]
+
+#: What the worker says of an execution that it begins; the time is the database's.
+RECEIVED = ("key", "task", "task_id", "state")
 
 
 class Dialect:
@@ -72,13 +76,26 @@ class Dialect:
         )
         return connection.execute(taken).all()
 
-    def receive(self, inbox: Table, values: Mapping[str, Any], lock: int) -> Executable:
+    def receive(self, inbox: Table) -> Executable:
         """The statement that inserts an inbox row, or inserts nothing and returns nothing.
 
-        Nothing is inserted when the key is there, or when another transaction is about to insert
-        it: `lock` is a number made of the key, for databases that would wait for that transaction.
+        Its parameters are the row's columns, but for the time, and ``lock``. Nothing is inserted
+        when the key is there, or when another transaction is about to insert it: `lock` is a number
+        made of the key, for databases that would wait for that transaction.
         """
         raise NotImplementedError
+
+    def is_sound(self, connection: Connection) -> bool:
+        """Whether it is known, without asking the database, that a COMMIT will not be a roll-back."""
+        return False
+
+    @contextmanager
+    def waiting_briefly(self, connection: Connection) -> Iterator[None]:
+        """Let no statement of the block wait for long for another transaction.
+
+        Nothing to do where `receive`, for which it is, never waits.
+        """
+        yield
 
     def check(self, engine: Engine) -> None:
         """Raise `ConfigurationError` if the database can't be what the outbox needs."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Executable, Table, func, literal, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Executable,
+    Table,
+    bindparam,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import insert
 
-from celery_outbox.storage.dialects.base import Dialect
+from celery_outbox.storage.dialects.base import RECEIVED, Dialect
 from celery_outbox.storage.tables import UTCDateTime
 
 __all__ = ["PostgreSQL"]
+
+#: libpq's number of a transaction in which no statement has failed.
+_OPEN = 2
 
 
 class PostgreSQL(Dialect):
@@ -28,20 +39,22 @@ class PostgreSQL(Dialect):
         # make_interval(years, months, weeks, days, hours, mins, secs)
         return func.now(type_=UTCDateTime) + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
-    def receive(self, inbox: Table, values: Mapping[str, Any], lock: int) -> Executable:
+    def receive(self, inbox: Table) -> Executable:
         # ON CONFLICT alone would wait for a concurrent first execution to end, and hold a worker's
         # slot as long; the advisory lock ends with the transaction that took it, and never waits.
-        row = select(
-            *(
-                value.label(name)
-                if isinstance(value, ColumnElement)
-                else literal(value, inbox.c[name].type).label(name)
-                for name, value in values.items()
-            )
-        ).where(func.pg_try_advisory_xact_lock(lock))
+        columns = inbox.c
+        values = [bindparam(name, type_=columns[name].type) for name in RECEIVED]
+        row = select(*values, self.now()).where(
+            func.pg_try_advisory_xact_lock(bindparam("lock", type_=BigInteger))
+        )
         return (
             insert(inbox)
-            .from_select(list(values), row)
+            .from_select([*RECEIVED, "handled_at"], row)
             .on_conflict_do_nothing()
-            .returning(inbox.c.key)
+            .returning(columns.key)
         )
+
+    def is_sound(self, connection: Connection) -> bool:
+        # libpq knows from the database's last answer.
+        driver: Any = connection.connection.dbapi_connection
+        return connection.dialect.driver == "psycopg" and driver.info.transaction_status == _OPEN

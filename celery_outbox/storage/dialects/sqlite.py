@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Engine,
     Executable,
     Select,
     String,
     Table,
+    bindparam,
     cast,
     func,
     literal_column,
@@ -24,19 +26,22 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import OperationalError
 
 from celery_outbox.errors import ConfigurationError
-from celery_outbox.storage.dialects.base import Dialect
+from celery_outbox.storage.dialects.base import RECEIVED, Dialect
 from celery_outbox.storage.tables import UTCDateTime
 
 __all__ = ["SQLite"]
 
 _CLOCK = "%Y-%m-%d %H:%M:%f"
+#: The longest that `waiting_briefly` waits, in milliseconds: what sqlite3 itself does by default.
+_BRIEFLY = 5000
 
 
 class SQLite(Dialect):
     """SQLite 3.35 and later: one writer at a time.
 
     A durable task's transaction is a writer from its first statement to its commit, and everybody
-    else (the app, the relay, other tasks) waits for it as long as the connection's ``timeout``.
+    else (the app, the relay) waits for it as long as the connection's ``timeout``. Who waits can't be
+    told from a duplicate of what is executed; a delivery waits for five seconds, and then goes back.
     """
 
     name = "sqlite"
@@ -56,22 +61,30 @@ class SQLite(Dialect):
     def skip_locked(self, rows: Select[Any]) -> Select[Any]:
         return rows
 
-    def receive(self, inbox: Table, values: Mapping[str, Any], lock: int) -> Executable:
+    def receive(self, inbox: Table) -> Executable:
         # A concurrent first execution holds the one write lock: "database is locked" after the
         # connection's timeout, which the inbox takes as busy.
+        values: dict[str, Any] = {name: bindparam(name) for name in RECEIVED}
+        values["handled_at"] = self.now()
         return insert(inbox).values(values).on_conflict_do_nothing().returning(inbox.c.key)
+
+    @contextmanager
+    def waiting_briefly(self, connection: Connection) -> Iterator[None]:
+        with _waiting_briefly(connection.connection.driver_connection):
+            yield
 
     def check(self, engine: Engine) -> None:
         try:
             with closing(engine.raw_connection()) as raw:
                 connection: Any = raw.driver_connection
-                # A driver without autocommit, as SQLite's savepoints want it, has begun already.
-                if not connection.in_transaction:
-                    connection.execute("BEGIN IMMEDIATE")
-                # BEGIN alone is content with a file that can only be read.
-                (mark,) = connection.execute("PRAGMA user_version").fetchone()
-                connection.execute(f"PRAGMA user_version = {int(mark)}")
-                connection.rollback()
+                with _waiting_briefly(connection):
+                    # A driver without autocommit, as SQLite's savepoints want it, has begun already.
+                    if not connection.in_transaction:
+                        connection.execute("BEGIN IMMEDIATE")
+                    # BEGIN alone is content with a file that can only be read.
+                    (mark,) = connection.execute("PRAGMA user_version").fetchone()
+                    connection.execute(f"PRAGMA user_version = {int(mark)}")
+                    connection.rollback()
         except (OperationalError, sqlite3.OperationalError) as exc:
             reason = str(getattr(exc, "orig", exc))
             if "locked" not in reason:
@@ -93,3 +106,14 @@ class SQLite(Dialect):
                 raise OperationalError("PRAGMA journal_mode=WAL", None, exc) from exc
             if had_begun:
                 connection.execute("BEGIN")
+
+
+@contextmanager
+def _waiting_briefly(driver: Any) -> Iterator[None]:
+    (before,) = driver.execute("PRAGMA busy_timeout").fetchone()
+    # Not longer than the engine has been told to wait.
+    driver.execute(f"PRAGMA busy_timeout = {min(before, _BRIEFLY)}")
+    try:
+        yield
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {before}")
