@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import relay, send
+from benchmarks import relay, send, worker
 from tests.support.servers import PostgreSQL, RabbitMQ
 
-TABLES = {"relay": relay.table, "send": send.table}
+TABLES = {"relay": relay.table, "send": send.table, "worker": worker.table}
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     started = time.monotonic()
     report: dict[str, Any] = {"quick": options.quick, "conditions": _conditions(), "tables": {}}
     print(report["conditions"], flush=True)
-    with PostgreSQL(fsync=True) as postgresql, RabbitMQ() as rabbitmq:
+    with PostgreSQL(fsync=True, settings=worker.SETTINGS) as postgresql, RabbitMQ() as rabbitmq:
         for name in options.tables or TABLES:
             report["tables"][name] = TABLES[name](
                 postgresql.create_database(), rabbitmq.create_vhost(), quick=options.quick
