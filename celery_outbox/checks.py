@@ -9,6 +9,7 @@ from celery import bootsteps
 from sqlalchemy.exc import DBAPIError
 
 from celery_outbox.errors import ConfigurationError
+from celery_outbox.inbox.chords import check_chords, keep_chords
 from celery_outbox.inbox.installation import installed_in
 from celery_outbox.inbox.task import DurableTask
 from celery_outbox.storage import schema
@@ -59,5 +60,7 @@ class WorkerChecks(bootsteps.Step):
         installation = installed_in(app)
         if installation is not None:
             check(app, installation)
+            check_chords(app)
+            keep_chords(app)
             # No connection of the main process may reach the pool's children.
             installation.store.engine.dispose()

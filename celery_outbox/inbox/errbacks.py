@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from celery import states
 from celery.exceptions import NotRegistered
 from celery.utils.functional import arity_greater
 
-from celery_outbox.inbox.transaction import InboxTransaction
+from celery_outbox.inbox.transaction import AnsweredElsewhere, InboxTransaction
 
 if TYPE_CHECKING:
     from celery_outbox.inbox.task import DurableTask
@@ -58,7 +58,9 @@ def call_errbacks(task: DurableTask, request: Any, error: BaseException, traceba
         except Exception:
             logger.exception("an error callback of %s[%s] failed", task.name, request.id)
             transaction.roll_back()
-        transaction.commit(states.SUCCESS)
+        # A concurrent delivery that was faster has called them; the task's outcome is not this one's.
+        with suppress(AnsweredElsewhere):
+            transaction.commit(states.SUCCESS)
 
 
 def described(task: DurableTask, request: Any) -> dict[str, Any]:

@@ -145,7 +145,8 @@ class DurableTask(Task):
             return self._give_back(transaction, exc)
         try:
             return replay(self, request, handled)
-        except Exception as exc:
+        except (GivenBack, Exception) as exc:
+            # What the error callbacks wrote may not be committed.
             return self._give_back(transaction, exc)
 
     def _commit_unreported(self, transaction: InboxTransaction, answer: Any) -> None:

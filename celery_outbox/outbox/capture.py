@@ -62,7 +62,7 @@ class Capture:
         self._application = application
         self._in_transaction = in_transaction
         self._sender: Callable[..., Any] | None = None
-        self._results = Results(app, in_transaction)
+        self._results = Results(app, in_transaction, has_inbox, application)
         self._own_brokers: set[tuple[Any, ...]] | None = None
 
     def install(self) -> None:

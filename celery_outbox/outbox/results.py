@@ -3,12 +3,16 @@
 `Celery.send_task` calls ``backend.on_task_call`` before the message reaches our seam, and a group
 asks for its results as soon as it is sent: Redis subscribes, rpc declares its reply queue, and both
 hang or fail when they are away. Inside a transaction neither happens at the call.
+
+A chord is announced to the backend too, which sends its body after the header: there the body is told
+which application of the chord it belongs to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery.result import task_join_will_block
@@ -16,6 +20,7 @@ from kombu import Queue
 
 if TYPE_CHECKING:
     from celery import Celery
+    from celery.canvas import Signature
     from kombu.messaging import Producer
 
 __all__ = ["Results"]
@@ -25,11 +30,23 @@ _call_pending: ContextVar[bool] = ContextVar("celery_outbox_call_pending", defau
 
 
 class Results:
-    """The result backends of one app. `in_transaction` says whether the caller is in one."""
+    """The result backends of one app.
 
-    def __init__(self, app: Celery, in_transaction: Callable[[], bool]) -> None:
+    `in_transaction` says whether the caller is in one, `has_inbox` and `application` are those of
+    `Capture`.
+    """
+
+    def __init__(
+        self,
+        app: Celery,
+        in_transaction: Callable[[], bool],
+        has_inbox: Callable[[str], bool],
+        application: Callable[[Mapping[str, Any]], str | None],
+    ) -> None:
         self._app = app
         self._in_transaction = in_transaction
+        self._has_inbox = has_inbox
+        self._application = application
 
     def install(self) -> None:
         """Put the requests of every backend off that the app makes, or has made."""
@@ -69,6 +86,31 @@ class Results:
             self._put_off_replies(backend)
         if consumer := getattr(backend, "result_consumer", None):
             self._put_off_subscriptions(consumer)
+        if apply_chord := getattr(backend, "apply_chord", None):
+            backend.apply_chord = partial(self._apply_chord, apply_chord)
+
+    def _apply_chord(
+        self, apply_chord: Callable[..., Any], header: Any, body: Signature | None, **options: Any
+    ) -> Any:
+        """Let the parts of the header carry the id of this application, for the body's message.
+
+        Whichever part completes the chord sends the body, maybe again after it has been redelivered.
+        """
+        # None: who asks the backend itself, to prepare a chord.
+        if body is not None and self._sends_durable(body):
+            application = self._application({"id": body.id})
+            if application is not None:
+                body.options.setdefault("message_id", application)
+        return apply_chord(header, body, **options)
+
+    def _sends_durable(self, signature: Mapping[str, Any]) -> bool:
+        nested = signature["kwargs"]
+        match signature.get("subtask_type"):
+            case "chain" | "group":
+                return any(self._sends_durable(each) for each in nested["tasks"])
+            case "chord":
+                return self._sends_durable(nested["header"]) or self._sends_durable(nested["body"])
+        return self._has_inbox(signature["task"])
 
     def _put_off_replies(self, backend: Any) -> None:
         """For rpc://, whether in a transaction or not: the broker may be away."""

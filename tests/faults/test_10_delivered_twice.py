@@ -4,6 +4,7 @@ P13: a duplicate changes nothing. P14: it finishes the job. P16: it is not ackno
 first execution has committed.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from sqlalchemy import func, select, text
 from tests.journeys.flows import FLOWS, Flow, Run
 from tests.journeys.making import Making
 from tests.journeys.site import Site, new_tag
+from tests.support.processes import Process
+from tests.support.proxy import TcpProxy
+from tests.support.servers import RabbitMQ
 from tests.support.waiting import wait_until
 
 PLACES = {
@@ -19,6 +23,10 @@ PLACES = {
     "redis-postgresql": ("redis", "postgresql"),
     "filesystem-sqlite": ("filesystem", "sqlite"),
 }
+
+
+DATABASES = pytest.mark.parametrize("database", ["postgresql", "sqlite"])
+POOLS = pytest.mark.parametrize("pool", ["prefork", "threads"])
 
 
 @pytest.fixture(scope="module", params=list(PLACES.values()), ids=list(PLACES))
@@ -50,16 +58,16 @@ def test_one_after_the_other(place: Site, flow: Flow) -> None:
         assert _state(run) == result
 
 
-def test_at_once(sites: Making) -> None:
+@DATABASES
+@POOLS
+def test_at_once(sites: Making, database: str, pool: str) -> None:
     """The first one is held in its body: the second neither runs nor is acknowledged."""
-    site = sites("amqp")
-    workers = [site.worker("--concurrency=1", "--hostname=one@%h"), site.worker("--concurrency=1")]
+    site = sites("amqp", database)
     tag = new_tag()
-    result = site.send(site.task("held").s(tag=tag))
-    site.insert_again(site.rows())
-    _relay(site)
+    result = _send_copies(site, tag, 2)
+    workers = [_worker(site, pool, 1, "one"), _worker(site, pool, 1, "two")]
     site.wait_for_body(tag)
-    for _ in range(3):
+    for _ in range(2):
         _wait_given_back(workers)
         assert site.runs(tag) == ["done"]
         assert site.left() == 2
@@ -70,15 +78,14 @@ def test_at_once(sites: Making) -> None:
     assert site.runs(tag) == ["done"]
 
 
-def test_at_once_and_the_first_fails_to_commit(sites: Making) -> None:
+@DATABASES
+def test_at_once_and_the_first_fails_to_commit(sites: Making, database: str) -> None:
     """The first one's process is killed in its body: the second one is the first."""
-    site = sites("amqp", worker_lost_wait=0.1)
-    workers = [site.worker("--concurrency=1", "--hostname=one@%h"), site.worker("--concurrency=1")]
+    site = sites("amqp", database, worker_lost_wait=0.1)
     tag = new_tag()
-    result = site.send(site.task("held").s(tag=tag))
-    site.insert_again(site.rows())
+    result = _send_copies(site, tag, 2)
     site.points.arm("committing")
-    _relay(site)
+    workers = [_worker(site, "prefork", 1, "one"), _worker(site, "prefork", 1, "two")]
     site.wait_for_body(tag)
     _wait_given_back(workers)
     site.open_gate(tag)
@@ -89,20 +96,77 @@ def test_at_once_and_the_first_fails_to_commit(sites: Making) -> None:
     assert site.runs(tag) == ["done", "done"]
 
 
-def test_redelivered_by_redis_while_it_runs(sites: Making) -> None:
+@DATABASES
+@POOLS
+@pytest.mark.parametrize(("broker", "slots"), [("redis", 2), ("amqp", 6)])
+def test_many_copies_leave_a_slot(
+    sites: Making, broker: str, slots: int, database: str, pool: str
+) -> None:
+    """Five copies: what else there is to do is done while the first one runs.
+
+    Redis puts what is given back behind the rest, so two slots are enough; RabbitMQ puts it before.
+    """
+    site = sites(broker, database)
+    tag = new_tag()
+    result = _send_copies(site, tag, 5)
+    worker = _worker(site, pool, slots, "one")
+    site.wait_for_body(tag)
+    others = [_without_effects(site, number) for number in range(3)]
+    assert [other.get(timeout=60) for other in others] == [0, 1, 2]
+    assert site.runs(tag) == ["done"]
+    _wait_given_back([worker])
+    site.open_gate(tag)
+    assert result.get(timeout=30) == "done"
+    site.wait_quiet()
+    assert site.effects(tag) == ["done"]
+    assert site.runs(tag) == ["done"]
+
+
+@DATABASES
+@POOLS
+def test_redelivered_by_redis_while_it_runs(sites: Making, database: str, pool: str) -> None:
     """The visibility timeout is shorter than the task."""
     often = {"unacked_restore_interval": 0.2, "unacked_restore_throttle": 1}
-    site = sites("redis", broker_transport_options={"visibility_timeout": 1, **often})
-    worker = site.worker("--concurrency=2")
+    options = {"visibility_timeout": 1, **often}
+    site = sites("redis", database, broker_transport_options=options)
     tag = new_tag()
-    result = site.send(site.task("held").s(tag=tag))
-    _relay(site)
+    result = _send_copies(site, tag, 1)
+    worker = _worker(site, pool, 2, "one")
     site.wait_for_body(tag)
     _wait_given_back([worker])
     assert site.runs(tag) == ["done"]
     site.open_gate(tag)
     assert result.get(timeout=30) == "done"
     site.wait_quiet()
+    assert site.effects(tag) == ["done"]
+    assert site.runs(tag) == ["done"]
+
+
+@DATABASES
+@POOLS
+def test_redelivered_by_rabbitmq_while_it_runs(
+    sites: Making, rabbitmq_server: RabbitMQ, database: str, pool: str
+) -> None:
+    """The first one's worker is cut off from the broker, which gives the message to the other one."""
+    site = sites("amqp", database)
+    tag = new_tag()
+    result = _send_copies(site, tag, 1)
+    with TcpProxy("127.0.0.1", rabbitmq_server.port) as proxy:
+        vhost = site.setup.broker.rpartition("/")[2]
+        behind = replace(site.setup, broker=f"amqp://guest:guest@127.0.0.1:{proxy.port}/{vhost}")
+        first = _worker(site, pool, 1, "one", env=behind.environment())
+        site.wait_for_body(tag)
+        second = _worker(site, pool, 1, "two")
+        proxy.refuse()
+        proxy.cut()
+        _wait_given_back([second])
+        assert site.runs(tag) == ["done"]
+        assert site.left() == 1
+        proxy.accept()
+        site.open_gate(tag)
+        assert result.get(timeout=30) == "done"
+        site.wait_quiet()
+        assert first.alive
     assert site.effects(tag) == ["done"]
     assert site.runs(tag) == ["done"]
 
@@ -129,6 +193,28 @@ def test_a_day_later(place: Site) -> None:
     while site.outbox.store.prune_inbox(site.outbox.config.inbox_retention_seconds):
         pass
     assert _incoming(site) == 0
+
+
+def _send_copies(site: Site, tag: str, number: int) -> Any:
+    """Give the broker copies of a message whose execution will be held.
+
+    Before there is a worker: on SQLite the relay can't settle while a durable task is executed.
+    """
+    result = site.send(site.task("held").s(tag=tag))
+    if number > 1:
+        site.insert_again(site.rows() * (number - 1))
+    _relay(site)
+    return result
+
+
+def _without_effects(site: Site, number: int) -> Any:
+    """Send one of Celery's own tasks, which returns the number, and needs no database."""
+    return site.app.tasks["celery.accumulate"].delay(number, index=0)
+
+
+def _worker(site: Site, pool: str, slots: int, name: str, **options: Any) -> Process:
+    arguments = (f"--pool={pool}", f"--concurrency={slots}", f"--hostname={name}@%h")
+    return site.worker(*arguments, **options)
 
 
 def _finish_relaying(site: Site, run: Run, seen: dict[str, dict[str, Any]]) -> Any:

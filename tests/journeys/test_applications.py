@@ -1,8 +1,10 @@
 """A signature applied twice is meant twice, and a message delivered twice is meant once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from celery import chain, chord, group
 
 from tests.journeys.making import Making
 from tests.journeys.site import Site, new_tag
@@ -63,3 +65,37 @@ def test_a_stock_task_that_is_delivered_again_sends_the_same(site: Site) -> None
     while len(site.effects(tag)) < 3 or not site.is_quiet():
         site.relay_all()
     assert site.effects(tag) == ["next", "plain", "plain"]
+
+
+def _single(site: Site, tag: str) -> Any:
+    return site.task("total").s(tag=tag)
+
+
+def _chain(site: Site, tag: str) -> Any:
+    return chain(_single(site, tag), site.task("step").si(tag=tag, name="total"))
+
+
+def _group(site: Site, tag: str) -> Any:
+    return group([_single(site, tag), _single(site, tag)], app=site.app)
+
+
+def _chord(site: Site, tag: str) -> Any:
+    part = site.task("step").si(tag=tag, name="total")
+    return chord([part, part.clone()], site.task("step").si(tag=tag, name="total"), app=site.app)
+
+
+@pytest.mark.parametrize(("body", "totals"), [(_single, 1), (_chain, 2), (_group, 2), (_chord, 3)])
+def test_one_frozen_chord_applied_twice(
+    site: Site, body: Callable[[Site, str], Any], totals: int
+) -> None:
+    tag = new_tag()
+    signature = chord(
+        [site.step(tag, "part"), site.step(tag, "part")], body(site, tag), app=site.app
+    )
+    signature.freeze()
+    for applied in (1, 2):
+        site.send(signature)
+        while len(site.effects(tag)) < applied * (2 + totals):
+            site.relay_all()
+        site.wait_quiet()
+    assert site.effects(tag) == sorted(["part"] * 4 + ["total"] * 2 * totals)
