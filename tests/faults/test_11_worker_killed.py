@@ -1,54 +1,60 @@
-"""Accident 11: a pool process is killed, at each point, once for every execution of every flow.
+"""Accident 11: the process that executes a task is killed, or its commit cut off, at each point.
 
 P13: the effects of every task are there once. P14: no chain stalls, no chord hangs, and every result
-comes.
+comes. What is run where: `tests.journeys.matrix`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 
-from tests.journeys.flows import FLOWS, Flow, Run
+from tests.journeys.flows import FLOWS
 from tests.journeys.making import Making
+from tests.journeys.matrix import PLACES, Case, Place, Story
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-#: Where every execution's process is killed, in the order in which it comes by.
-POINTS = {
-    "handling": "before the body",
-    "body": "inside the body",
-    "committing": "before the commit",
-    "handled": "after the commit, before the result is stored",
-    "acknowledging": "after the result is stored, before the acknowledgement",
-}
+CASES = [case for place in PLACES for case in place.cases()]
 
 
-@pytest.fixture(scope="module", params=POINTS)
-def runs(request: pytest.FixtureRequest, module_sites: Making) -> Iterator[dict[str, Run]]:
-    """All flows, started at once, and over."""
-    point: str = request.param
-    site = module_sites("amqp", worker_lost_wait=0.1)
-    site.points.arm(point, each=True)
-    site.worker("--concurrency=4")
-    site.relay()
-    runs = {flow.name: flow.start(site) for flow in FLOWS}
-    yield runs
-    assert len(site.points.struck(point)) >= len(FLOWS)
+@pytest.fixture(scope="module")
+def stories(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Place], Story]:
+    """Tell what became of all runs of a place. They are started by the first test that asks."""
+
+    @cache
+    def told(place: Place) -> Story | Exception:
+        try:
+            with Making(request, tmp_path_factory) as sites:
+                return Story.of(place, sites)
+        except Exception as error:
+            return error  # for all tests: it would take as long to find it again
+
+    def story(place: Place) -> Story:
+        found = told(place)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return story
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=[flow.name for flow in FLOWS])
-def test_once(flow: Flow, runs: dict[str, Run]) -> None:
-    run = runs[flow.name]
-    run.finish(60)
-    run.verify()
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_once(stories: Callable[[Place], Story], case: Case) -> None:
+    story = stories(case.place)
+    wrong = story.wrong.get(str(case))
+    assert wrong is None, wrong
+    if case.point not in ("redelivered", *case.flow.passes_not):
+        tag = story.runs[str(case)].tag
+        assert story.struck.get(tag), f"{tag} had no accident"
 
 
-def test_nothing_is_left(runs: dict[str, Run]) -> None:
-    site = runs["plain"].site
-    site.wait_quiet(60)
-    for run in runs.values():
-        run.verify()
-    assert site.outbox.store.counts()["dead"] == 0
+@pytest.mark.parametrize("place", PLACES, ids=[place.name for place in PLACES])
+def test_nothing_is_left(stories: Callable[[Place], Story], place: Place) -> None:
+    """Neither in the outbox nor in the broker, and there are no dead letters."""
+    assert stories(place).left == []
 
 
 def test_killed_while_the_body_of_a_chord_is_sent(sites: Making) -> None:

@@ -2,11 +2,18 @@
 
 A point is armed through a file, so that processes which run already obey; each strikes once, or once
 for every execution of a task. A process that was told so strikes at every event of celery_outbox.
+
+A run of a flow may have a point of its own: its tag says so (``chain@body-1a2b``), and whatever
+executes one of its tasks is struck there, once for each execution. In ``chain@body.once-1a2b`` it is
+struck once for the whole run.
 """
 
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +22,9 @@ from celery_outbox import events
 from tests.support.waiting import wait_until
 
 __all__ = ["Points"]
+
+#: The tag of the run whose task is executed in this context.
+_run: ContextVar[str] = ContextVar("run", default="")
 
 
 class Points:
@@ -58,10 +68,44 @@ class Points:
         """Return when processes were struck at `point` so often."""
         wait_until(lambda: len(self.struck(point)) >= times, timeout, f"a strike at {point!r}")
 
+    def struck_runs(self) -> dict[str, int]:
+        """Return how often the runs with a point of their own were struck, by their tags."""
+        times: dict[str, int] = {}
+        for path in self._struck.glob("*~*@*"):
+            tag = path.name.partition("~")[2].partition("~")[0]
+            times[tag] = times.get(tag, 0) + 1
+        return times
+
     # In the process
+
+    @staticmethod
+    def begin_run(tag: str) -> None:
+        """Take what passes by in this context for a part of the run `tag`."""
+        _run.set(tag)
+
+    @staticmethod
+    @contextmanager
+    def running(tag: str) -> Iterator[None]:
+        """Take what passes by in this block for a part of the run `tag`."""
+        token = _run.set(tag)
+        try:
+            yield
+        finally:
+            _run.reset(token)
+
+    def strikes_run(self, point: str, key: str = "") -> bool:
+        """Say whether the run that passes by has its accident here, and now."""
+        tag = _run.get()
+        own, _, _ = tag.partition("@")[2].rpartition("-")
+        own, _, once = own.partition(".")
+        if own != point:
+            return False
+        return self._mark(f"{point}~{tag}" + ("" if once else f"~{quote(key, safe='')}"), 0)
 
     def pass_by(self, point: str, key: str = "") -> None:
         """Die or stop here, if told to."""
+        if self.strikes_run(point, key):
+            os.kill(os.getpid(), signal.SIGKILL)
         try:
             order = json.loads((self._armed / point).read_text())
         except FileNotFoundError:

@@ -124,6 +124,16 @@ class Site:
             celery_worker(module, self.folder, self._environment(options), *args, **options)
         )
 
+    def reviving_worker(self, *args: str) -> Process:
+        """Start a worker in one process that starts again when it is killed; wait for the first."""
+        options = ("--loglevel=INFO", "--without-gossip", "--without-mingle", "--hostname=one@%h")
+        command = [_python(), "-m", "tests.journeys.matrix_worker", *options, *args]
+        environment = {**self.setup.environment(), "C_FORCE_ROOT": "1"}
+        log = self.folder / "worker.log"
+        worker = self._keep(Process(command, cwd=self.folder, env=environment, log=log))
+        worker.wait_for_log(r"\bready\.$")
+        return worker
+
     def beat(self, *args: str) -> Process:
         """Start a beat."""
         return self._keep(

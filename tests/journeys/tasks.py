@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Task, chain, shared_task
+from celery import Task, chain, current_app, group, shared_task
 from celery.exceptions import Ignore, Reject
 
 from celery_outbox import current_session, durable_task
@@ -41,7 +41,7 @@ def step(self: Any, *_previous: Any, tag: str, name: str) -> str:
 @durable_task(bind=True)
 def total(self: Any, parts: list[str], *, tag: str) -> list[str]:
     _take_effect(self, tag, "total")
-    return sorted(parts)
+    return sorted(parts, key=str)
 
 
 @durable_task(bind=True)
@@ -56,6 +56,14 @@ def spawning(self: Any, *, tag: str) -> str:
     _take_effect(self, tag, "parent")
     for name in ("child 1", "child 2"):
         step.delay(tag=tag, name=name)
+    return "parent"
+
+
+@durable_task(bind=True)
+def spawning_by_name(self: Any, *, tag: str) -> str:
+    _take_effect(self, tag, "parent")
+    for name in ("child 1", "child 2"):
+        self.app.send_task(step.name, kwargs={"tag": tag, "name": name})
     return "parent"
 
 
@@ -75,6 +83,21 @@ def autoretrying(self: Any, *, tag: str) -> str:
     return "done"
 
 
+@durable_task(
+    bind=True,
+    autoretry_for=(Oops,),
+    max_retries=5,
+    retry_backoff=1,
+    retry_backoff_max=1,
+    retry_jitter=False,
+)
+def backing_off(self: Any, *, tag: str) -> str:
+    _take_effect(self, tag, f"try {self.request.retries}")
+    if self.request.retries < 2:
+        raise Oops("not yet")
+    return "done"
+
+
 @durable_task(bind=True)
 def replaced(self: Any, *, tag: str) -> str:
     _take_effect(self, tag, "host")
@@ -85,6 +108,12 @@ def replaced(self: Any, *, tag: str) -> str:
 def replaced_by_chain(self: Any, *, tag: str) -> str:
     _take_effect(self, tag, "host")
     raise self.replace(chain(step.s(tag=tag, name="first"), step.s(tag=tag, name="second")))
+
+
+@durable_task(bind=True)
+def replaced_by_group(self: Any, *, tag: str) -> str:
+    _take_effect(self, tag, "host")
+    raise self.replace(group(step.s(tag=tag, name="part 1"), step.s(tag=tag, name="part 2")))
 
 
 @durable_task(bind=True)
@@ -118,6 +147,17 @@ def failing(self: Any, *_previous: Any, tag: str) -> None:
 @durable_task(bind=True)
 def handle_error(self: Any, _failed_id: str, *, tag: str) -> None:
     _take_effect(self, tag, "error handled")
+
+
+@durable_task
+def handle_error_here(request: Any, exc: BaseException, _traceback: Any, *, tag: str) -> None:
+    """Called where the task has failed. Celery would send it if it were bound."""
+    site: Site = current_app.site
+    site.journal(tag, "error handled")
+    session = current_session()
+    session.add(Effect(tag=tag, name="error handled"))
+    session.flush()
+    site.points.pass_by("body", f"{request.id}:errback")
 
 
 @durable_task(bind=True)
@@ -234,4 +274,26 @@ def durable_calling_plain(self: Any, *, tag: str, fail: bool = False) -> str:
     plain.delay(tag=tag)
     if fail:
         raise Oops("as told")
+    return "durable"
+
+
+@shared_task(bind=True, acks_late=True, reject_on_worker_lost=True)
+def repeatable(self: Any, *, tag: str) -> str:
+    """A stock task that does not mind running twice."""
+    plain(tag=tag)
+    _site(self).points.pass_by("body", self.request.id)
+    return "plain"
+
+
+@shared_task(bind=True, acks_late=True, reject_on_worker_lost=True)
+def repeatable_calling_durable(self: Any, *, tag: str) -> str:
+    plain_calling_durable(tag=tag)
+    _site(self).points.pass_by("body", self.request.id)
+    return "plain"
+
+
+@durable_task(bind=True)
+def durable_calling_repeatable(self: Any, *, tag: str) -> str:
+    repeatable.delay(tag=tag)
+    _take_effect(self, tag, "durable")
     return "durable"

@@ -1,0 +1,236 @@
+"""Matrix: flows, crash points, result backends and pools of workers, many runs at once on one site.
+
+Each run of a flow has one crash point. Which flows are run with which backend and pool:
+
+- Prefork and Redis, the combination that most people have: every flow at every point, and every
+  execution of every task is struck.
+- Prefork and the other result backends: every point, and the flows in which results matter; rpc
+  can't join chords, and without results nobody can.
+- Threads and solo, where a strike ends the whole worker and all that runs in it: every point, and
+  the flows that differ in what follows a commit. Each run is struck once. With a database for the
+  results too, for chords are polled for there, by a task.
+- Gevent: whether it works at all, with one crash.
+
+When all is over every message is delivered once more.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import text
+
+from tests.journeys.brokers import Broker
+from tests.journeys.flows import FLOWS, PREFORK_FLOWS, Flow, Run
+from tests.journeys.making import Making
+from tests.journeys.site import Site
+from tests.support.processes import Process
+from tests.support.waiting import WaitTimeout, wait_until
+
+__all__ = ["PLACES", "POINTS", "Case", "Place", "Story"]
+
+#: Where an accident happens, in the order in which an execution comes by.
+POINTS = {
+    "claiming": "killed before the inbox row is inserted",
+    "handling": "killed before the body",
+    "body": "killed inside the body",
+    "committing": "killed before the commit",
+    "commit_lost": "cut off before the database has the COMMIT",
+    "answer_lost": "cut off before the database's answer to the COMMIT has come",
+    "handled": "killed after the commit, before the result is stored",
+    "acknowledging": "killed after the result is stored, before the acknowledgement",
+    "redelivered": "no accident, but every message is delivered twice",
+}
+
+_ALL = {flow.name: flow for flow in (*FLOWS, *PREFORK_FLOWS)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A flow with a point, where it is run."""
+
+    place: Place
+    point: str
+    flow: Flow
+
+    def __str__(self) -> str:
+        return f"{self.place.name}-{self.point}-{self.flow.name}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A result backend and a pool, and the flows that are run there."""
+
+    pool: str
+    backend: str | None
+    flows: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    #: Points and flows, where not each flow meets each point.
+    only: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the tests are called by."""
+        return f"{self.pool}-{self.backend}"
+
+    def cases(self) -> list[Case]:
+        """Return all that is run here."""
+        pairs = self.only or [(point, flow) for point in POINTS for flow in self.flows]
+        return [Case(self, point, _ALL[flow]) for point, flow in pairs]
+
+    def worker(self, site: Site) -> Process:
+        """Start a worker; one whose whole process is killed starts again by itself."""
+        arguments = (f"--pool={self.pool}", "--without-heartbeat", *self.arguments)
+        if self.pool in ("threads", "solo"):
+            return site.reviving_worker(*arguments)
+        return site.worker(*arguments)
+
+
+_DATABASE = (
+    *("plain", "chain", "links", "link_error", "group", "chord", "upgraded_chord"),
+    *("chord_in_a_header", "failing_chord", "retry", "replace", "failure", "unserialisable"),
+)
+_RPC = (
+    *("plain", "chain", "links", "link_error_called", "group", "retry", "ignore"),
+    *("failing_chain", "spawn", "unserialisable"),
+)
+_WITHOUT = ("plain", "chain", "links", "link_error", "group", "retry", "replace_by_chain", "ignore")
+_WHOLE_WORKER = ("chain", "links", "chord", "retry", "failing_chain", "spawn", "link_error_called")
+_SMOKE = ("plain", "chain", "links", "chord", "retry", "failure", "spawn")
+
+PLACES = (
+    Place("prefork", "redis", tuple(_ALL), ("--concurrency=10",)),
+    Place("prefork", "database", _DATABASE, ("--concurrency=8",)),
+    Place("prefork", "rpc", _RPC, ("--concurrency=8",)),
+    Place("prefork", None, _WITHOUT, ("--concurrency=8",)),
+    Place("threads", "redis", _WHOLE_WORKER, ("--concurrency=8",)),
+    Place("threads", "database", ("plain", "chord"), ("--concurrency=8",)),
+    Place("solo", "redis", _WHOLE_WORKER),
+    Place(
+        "gevent",
+        "redis",
+        _SMOKE,
+        ("--concurrency=20",),
+        (("body", "chain"), *(("redelivered", flow) for flow in _SMOKE)),
+    ),
+)
+
+
+@dataclass
+class Story:
+    """What became of all runs of a place: asked for by its tests when all is over."""
+
+    site: Site
+    runs: dict[str, Run] = field(default_factory=dict)
+    #: What was found wrong with a run, by the name of its case.
+    wrong: dict[str, str] = field(default_factory=dict)
+    #: What was found wrong with the site.
+    left: list[str] = field(default_factory=list)
+    struck: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, place: Place, sites: Making) -> Story:
+        """Start every run, wait for their ends, and deliver every message once more."""
+        site = _site(place, sites)
+        story = cls(site)
+        _keep_every_message(site)
+        worker = place.worker(site)
+        site.relay()
+        began = time.monotonic()
+        once = "" if place.pool == "prefork" else ".once"
+        for case in place.cases():
+            point = case.point if case.point == "redelivered" else case.point + once
+            story.runs[str(case)] = case.flow.start(site, point)
+        if place.pool == "gevent":
+            # This one does not start again by itself.
+            wait_until(lambda: not worker.alive, 30, "the end of the worker")
+            worker.restart()
+        print("started", time.monotonic() - began)
+        story._end("at the first deliveries", _finish)
+        print("ended", time.monotonic() - began)
+        story.struck = site.points.struck_runs()
+        story._deliver_again()
+        story._end("after every message was delivered again", _finish_again)
+        print("ended again", time.monotonic() - began)
+        story.left += [f"dead letter: {row['task']} {row['error']}" for row in site.dead()]
+        return story
+
+    def _end(self, when: str, finish: Any) -> None:
+        deadline = time.monotonic() + 90
+        # What a run waits for may never come. It must not take the others' time.
+        for name, run in self.runs.items():
+            if name not in self.wrong:
+                self._note(name, when, lambda run=run: finish(run, deadline))
+        try:
+            self.site.wait_quiet(max(10, deadline - time.monotonic()))
+        except WaitTimeout:
+            self.left.append(
+                f"{when}: outbox {[row['task'] for row in self.site.rows()]}, "
+                f"broker {self.site.left()}"
+            )
+        for name, run in self.runs.items():
+            if name not in self.wrong:
+                self._note(name, when, run.verify)
+
+    def _note(self, name: str, when: str, look: Any) -> None:
+        try:
+            look()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a result may be anything, and so may what it raises
+            self.wrong[name] = f"{name}, {when}: {error!r}\n{self.runs[name]}"
+
+    def _deliver_again(self) -> None:
+        with self.site.engine.begin() as connection:
+            connection.execute(text("DROP TRIGGER keep_message ON outbox"))
+            rows = [dict(row) for row in connection.execute(text(_KEPT)).mappings()]
+        self.site.insert_again(rows)
+
+
+def _site(place: Place, sites: Making) -> Site:
+    backend = "rpc://" if place.backend == "rpc" else place.backend
+    broker: str | Broker = "amqp"
+    if place.backend == "rpc":
+        # Replies that nobody asks for stay in the queue of the one who might.
+        broker = sites.broker("amqp")
+        vhost, server = broker.url, sites.rabbitmq
+        broker = Broker(vhost, lambda: server.queue_depths(vhost).get("celery", 0))
+    return sites(
+        broker,
+        backend=backend,
+        worker_lost_wait=0.05,
+        # The poll for a chord's parts is a stock task, and lost with its worker.
+        task_annotations={
+            name: {"acks_late": True, "reject_on_worker_lost": True}
+            for name in ("celery.chord_unlock", "celery.accumulate")
+        },
+    )
+
+
+def _finish(run: Run, deadline: float) -> None:
+    run.finish(max(1, deadline - time.monotonic()))
+
+
+def _finish_again(run: Run, _deadline: float) -> None:
+    # A reply is read once, a stock task's result may be of another execution.
+    if run.site.setup.backend != "rpc://":
+        run.ask_again()
+
+
+_KEEP = (
+    "CREATE TABLE every_message AS SELECT * FROM outbox",
+    """CREATE FUNCTION keep_message() RETURNS trigger LANGUAGE plpgsql AS
+       $$ BEGIN INSERT INTO every_message SELECT NEW.*; RETURN NEW; END $$""",
+    """CREATE TRIGGER keep_message AFTER INSERT ON outbox
+       FOR EACH ROW EXECUTE FUNCTION keep_message()""",
+)
+_KEPT = "SELECT * FROM every_message ORDER BY id"
+
+
+def _keep_every_message(site: Site) -> None:
+    """Let the database remember what was ever in the outbox."""
+    with site.engine.begin() as connection:
+        for statement in _KEEP:
+            connection.execute(text(statement))
