@@ -113,7 +113,7 @@ def test_a_database_that_is_away_is_told_in_a_sentence(make_shop: MakeShop, verb
     url = "postgresql+psycopg://nobody@127.0.0.1:9/none"
     shop = make_shop(url, tables=False)
     result = run(shop.app, "schema", verb)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert result.output.startswith("Error: the database says:")
     assert "Traceback" not in result.output
 
