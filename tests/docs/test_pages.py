@@ -39,7 +39,11 @@ def _check_command(command: Any, words: list[str]) -> None:
         options = {option for param in command.params for option in param.opts}
         assert words[0] in options, f"{command.name} has no {words[0]}"
         return
-    assert isinstance(command, click.Group), f"{command.name} has no {words[0]}"
+    if not isinstance(command, click.Group):
+        arguments = [param for param in command.params if isinstance(param, click.Argument)]
+        assert arguments, f"{command.name} has no {words[0]}"
+        _check_command(command, words[1:])
+        return
     for name in words[0].split("|"):
         assert name in command.commands, f"{command.name} has no {name}"
         _check_command(command.commands[name], words[1:])
@@ -47,7 +51,7 @@ def _check_command(command: Any, words: list[str]) -> None:
 
 @every_page
 def test_scripts_exist(page: Path) -> None:
-    for name in re.findall(r"\bscripts/(\w+)", page.read_text()):
+    for name in re.findall(r"\bscripts/([\w-]+)", page.read_text()):
         assert (ROOT / "scripts" / name).is_file(), f"{name_of(page)}: scripts/{name}"
 
 
