@@ -31,6 +31,8 @@ class Config:
     no_transaction: NoTransactionPolicy = "store"
     #: What happens to a message that goes around the outbox, and perhaps should not.
     bypass: BypassPolicy = "warn"
+    #: Keep a message with an eta in the database until it is due; False: the worker holds it.
+    hold_scheduled: bool = True
     #: How often celery beat drives the relay; 0 leaves the beat schedule alone.
     relay_tick_seconds: float = 1.0
     #: The queue of the relay's own task; None is the app's default queue.
@@ -90,9 +92,14 @@ class Config:
             raise ConfigurationError(f"{PREFIX}database_url is wrong: it takes a string")
         if not isinstance(self.relay_queue, str | None):
             raise _wrong("relay_queue", self.relay_queue, "the name of a queue")
-        for name in ("keep_until_handled", "relay_in_worker", "trust_broker"):
+        for name in ("hold_scheduled", "keep_until_handled", "relay_in_worker", "trust_broker"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
+        if self.keep_until_handled and not self.hold_scheduled:
+            raise ConfigurationError(
+                "outbox_keep_until_handled=True needs outbox_hold_scheduled=True: a message that a "
+                "worker holds until its eta is not handled, and would be sent again and again"
+            )
         if self.lease_seconds < 2 * self.confirm_timeout_seconds:
             raise ConfigurationError(
                 f"outbox_lease_seconds={self.lease_seconds} must be at least twice "

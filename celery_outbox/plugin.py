@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from threading import Lock
@@ -271,10 +271,14 @@ class Outbox:
                     '"refuse": send it inside one, or name it with outbox.using(session)'
                 )
             case _:
-                return lambda envelope: self.store.stage_alone(row_of(envelope))
+                return lambda envelope: self.store.stage_alone(self._row_of(envelope))
 
     def _stage_in(self, scope: Scope, envelope: Envelope) -> None:
-        scope.stage(self.store, row_of(envelope))
+        scope.stage(self.store, self._row_of(envelope))
+
+    def _row_of(self, envelope: Envelope) -> Mapping[str, Any]:
+        row = row_of(envelope)
+        return row if self.config.hold_scheduled else {**row, "not_before": None}
 
     def _is_our_engine(self, engine: Engine) -> bool:
         try:

@@ -81,6 +81,7 @@ WRONG: dict[str, list[Any]] = {
     "relay_queue": [7],
     "keep_until_handled": ["yes", 1, "false"],
     "bypass": ["shout", True],
+    "hold_scheduled": ["yes", 1, "false"],
     "relay_in_worker": ["yes", 1, "false"],
     "trust_broker": ["yes", 1, "false"],
 }
@@ -112,6 +113,11 @@ def test_a_lease_shorter_than_the_confirms_is_refused() -> None:
         match=r"outbox_lease_seconds=20.*twice outbox_confirm_timeout_seconds=15",
     ):
         Config.read({"outbox_lease_seconds": 20, "outbox_confirm_timeout_seconds": 15}, [])
+
+
+def test_what_is_kept_until_handled_must_rest_until_it_is_due() -> None:
+    with pytest.raises(ConfigurationError, match="needs outbox_hold_scheduled=True"):
+        Config.read({"outbox_keep_until_handled": True, "outbox_hold_scheduled": False}, [])
 
 
 def test_a_wrong_setting_is_told_at_the_send_and_nothing_is_stored(

@@ -280,3 +280,24 @@ def test_the_mandatory_flag_is_asked_for_where_a_queue_must_be_bound(
     shop.outbox.relay_all()
     sent = wire.broker(shop.broker_name).published
     assert [message.mandatory for message in sent] == [True, True, False, False]
+
+
+def test_the_backend_may_be_asked_itself_to_prepare_a_chord(
+    make_shop: MakeShop, sqlite_url: str
+) -> None:
+    shop = make_shop(sqlite_url, result_backend="cache+memory://")
+    backend = shop.app.backend
+    header = shop.app.GroupResult("prepared", [shop.app.AsyncResult("part")])
+    backend.apply_chord((header.id, header.results), None)
+    assert shop.app.GroupResult.restore("prepared", backend) == header
+
+
+def test_a_message_with_an_eta_goes_to_the_broker_if_workers_hold_it(
+    make_shop: MakeShop, sqlite_url: str
+) -> None:
+    shop = make_shop(sqlite_url, outbox_hold_scheduled=False)
+    with shop.Session.begin():
+        shop.notify.apply_async(("in a transaction",), countdown=1000)
+    shop.notify.apply_async(("alone",), countdown=1000)
+    assert shop.outbox.relay_all().confirmed == 2
+    assert shop.published() == ["shop.notify"] * 2
