@@ -1,0 +1,127 @@
+"""The pytest plugin of celery_outbox: fixtures, which cost nothing where no test asks for them.
+
+Beside the package and not in it: pytest loads the plugin at every start, and loading a module of the
+package would load all of it, with Celery and SQLAlchemy. What the fixtures do is in
+`celery_outbox.testing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from sqlalchemy import MetaData
+
+    from celery_outbox import Outbox, Tally
+    from celery_outbox.testing import Faults, Run, Staged, Time
+
+_INI = "celery_outbox_app"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the ini option."""
+    parser.addini(_INI, "the Outbox that is tested, or its Celery app, like 'shop:outbox'")
+
+
+@pytest.fixture(scope="session")
+def outbox_under_test(pytestconfig: pytest.Config) -> Outbox:
+    """The Outbox that is tested: override it, or set ``celery_outbox_app = shop:outbox``."""
+    address = str(pytestconfig.getini(_INI) or "")
+    if not address:
+        pytest.fail(
+            "celery_outbox does not know the Outbox under test. Either set in pytest's "
+            f"configuration\n\n    {_INI} = shop:outbox\n\nor override the fixture in "
+            'conftest.py\n\n    @pytest.fixture(scope="session")\n    def outbox_under_test():\n'
+            "        from shop import outbox\n        return outbox",
+            pytrace=False,
+        )
+    from celery_outbox import ConfigurationError
+    from celery_outbox.testing import outbox_named
+
+    try:
+        return outbox_named(address)
+    except ConfigurationError as exc:
+        pytest.fail(f"{_INI}: {exc}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def outbox_schema(outbox_under_test: Outbox) -> Iterator[Outbox]:
+    """The Outbox, with tables that are made anew once a session, and dropped at its end."""
+    from celery_outbox.testing import rebuild
+
+    rebuild(outbox_under_test)
+    yield outbox_under_test
+    outbox_under_test.drop_schema()
+
+
+@pytest.fixture
+def outbox_clean(request: pytest.FixtureRequest) -> Outbox:
+    """The Outbox, with empty tables and, if that is in memory, an empty broker."""
+    outbox: Outbox
+    if "outbox_in_memory" in request.fixturenames:
+        outbox = request.getfixturevalue("outbox_in_memory")
+        return outbox
+    from celery_outbox.testing import empty
+
+    outbox = request.getfixturevalue("outbox_schema")
+    empty(outbox)
+    return outbox
+
+
+@pytest.fixture
+def staged(outbox_clean: Outbox) -> Staged:
+    """Tells which messages a block stages; see `celery_outbox.testing.Staged`."""
+    from celery_outbox.testing import Staged
+
+    return Staged(outbox_clean)
+
+
+@pytest.fixture
+def relay_all(outbox_clean: Outbox) -> Callable[[], Tally]:
+    """Move what is due to the broker."""
+    return outbox_clean.relay_all
+
+
+@pytest.fixture
+def run_until_quiet(outbox_clean: Outbox) -> Callable[..., Run]:
+    """Relay and execute, here, until nothing is left; see `celery_outbox.testing.run_until_quiet`."""
+    from celery_outbox.testing import run_until_quiet
+
+    return partial(run_until_quiet, outbox_clean)
+
+
+@pytest.fixture
+def outbox_time(outbox_clean: Outbox) -> Time:
+    """Lets time pass for what is stored; see `celery_outbox.testing.Time`."""
+    from celery_outbox.testing import Time
+
+    return Time(outbox_clean)
+
+
+@pytest.fixture
+def outbox_faults(outbox_clean: Outbox) -> Faults:
+    """What a broker or a kill may do; see `celery_outbox.testing.Faults`."""
+    from celery_outbox.testing import Faults
+
+    return Faults(outbox_clean)
+
+
+@pytest.fixture(scope="session")
+def outbox_metadata() -> MetaData | None:
+    """The app's own tables, for `outbox_in_memory` to create: override it."""
+    return None
+
+
+@pytest.fixture
+def outbox_in_memory(
+    outbox_under_test: Outbox, outbox_metadata: MetaData | None
+) -> Iterator[Outbox]:
+    """The Outbox, its database and its broker in memory, for this test."""
+    from celery_outbox.testing import in_memory
+
+    with in_memory(outbox_under_test, outbox_metadata) as outbox:
+        yield outbox
