@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_outbox.inbox.errbacks import call_errbacks, described, send_errbacks
 from celery_outbox.inbox.outcome import Outcome
 from celery_outbox.inbox.transaction import (
+    AnsweredElsewhere,
     GivenBack,
     InboxTransaction,
     current_transaction,
@@ -158,15 +159,21 @@ class DurableBackend:
                         f"{transaction.key}: the failure {exc!r} could not be recorded"
                     ) from exc
                 time.sleep(0.1)
-        if handled is None:
-            with transaction.active():
-                if errbacks:
-                    send_errbacks(self._task, request, exc, traceback)
-                transaction.commit(states.FAILURE, Outcome.of_error(self.real, exc, traceback))
-        elif handled.state == states.SUCCESS:
-            result = Outcome.load(handled.outcome).result(self.real)
-            return self.real.mark_as_done(request.id, result, request, store_result)
-        return self.tell_failure(exc, traceback, request, store_result, errbacks)
+        try:
+            if handled is None:
+                with transaction.active():
+                    if errbacks:
+                        send_errbacks(self._task, request, exc, traceback)
+                    transaction.commit(states.FAILURE, Outcome.of_error(self.real, exc, traceback))
+            elif handled.state == states.SUCCESS:
+                result = Outcome.load(handled.outcome).result(self.real)
+                return self.real.mark_as_done(request.id, result, request, store_result)
+            return self.tell_failure(exc, traceback, request, store_result, errbacks)
+        except (GivenBack, AnsweredElsewhere) as interruption:
+            # No tracer is here to take them, and they must not end the worker's main process.
+            raise RuntimeError(
+                f"{transaction.key}: the failure {exc!r} may not have been recorded: {interruption!r}"
+            ) from exc
 
 
 def _transaction_of(task_id: str) -> InboxTransaction | None:

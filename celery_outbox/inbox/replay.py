@@ -39,11 +39,11 @@ def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> A
     _task_stack.push(task)
     task.request_stack.push(context)
     try:
+        _check_claim(backend, context)
         if handled.state == states.SUCCESS:
             result = outcome.result(backend)
             backend.mark_as_done(context.id, result, context, wanted)
-            if _body_is_claimed(backend, context):
-                raise RuntimeError("another part has claimed to send the chord's body")
+            _check_claim(backend, context)
             return trace_ok_t(result, None, 0.0, "already handled")
         if handled.state == states.FAILURE:
             task.backend.tell_failure(
@@ -52,10 +52,22 @@ def replay(task: DurableTask, request: Mapping[str, Any], handled: Handled) -> A
                 context,
                 wanted or task.store_errors_even_if_ignored,
             )
+            # The error callbacks of a chord's body are sent under the same claim.
+            _check_claim(backend, context)
         return _answer(states.IGNORED, Ignore("already handled"))
     finally:
         task.request_stack.pop()
         _task_stack.pop()
+
+
+def _check_claim(backend: Any, context: Context) -> None:
+    """Raise, so that the delivery goes back, while a part that may have died has the claim.
+
+    Before the part is told, for a claim that ends in between would be seen by neither; and after it,
+    for one that began in between.
+    """
+    if _body_is_claimed(backend, context):
+        raise RuntimeError("another part has claimed to send the chord's body")
 
 
 def _body_is_claimed(backend: Any, context: Context) -> bool:

@@ -21,6 +21,7 @@ from celery_outbox.declaration import freeze
 from celery_outbox.envelope import Envelope, message_key
 from celery_outbox.outbox.bypass import Bypasses
 from celery_outbox.outbox.results import Results
+from celery_outbox.outbox.signatures import tasks_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -81,7 +82,7 @@ class Capture:
 
     def _stage_or_publish(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
         ours = self._is_own_broker(producer.connection)
-        stage = self._choose(_decisive(name, message)) if ours else None
+        stage = self._choose(self._decisive(name, message)) if ours else None
         if not ours and self._has_inbox(name):
             self._bypasses.report(name, "is durable, and goes around the outbox, to another broker")
         if stage is None:
@@ -101,6 +102,15 @@ class Capture:
             also_declare=self._results.reply_queues(),
         )
         return self._stock_sender()(staging, name, message, **options)
+
+    def _decisive(self, name: str, message: Any) -> str:
+        """The task whose capture decides: a chord's poll, ``chord_unlock``, goes the way of its body."""
+        if name == "celery.chord_unlock" and isinstance(message.body, tuple):
+            arguments = message.body[0]
+            if len(arguments) > 1 and isinstance(arguments[1], Mapping):
+                tasks = list(tasks_of(arguments[1]))
+                return next(filter(self._has_inbox, tasks), tasks[0] if tasks else name)
+        return name
 
     def _stock_sender(self) -> Callable[..., Any]:
         # Built with the first message: up to 5.6 Celery's sender keeps the list of signal receivers
@@ -263,12 +273,3 @@ def _described(message: Any) -> Mapping[str, Any]:
     """The part of a task message that says which task it is: protocol 2 headers, or protocol 1 body."""
     described: Mapping[str, Any] = message.headers if "id" in message.headers else message.body
     return described
-
-
-def _decisive(name: str, message: Any) -> str:
-    """The task whose capture decides: a chord's poll (``chord_unlock``) goes the way of its body."""
-    if name == "celery.chord_unlock" and isinstance(message.body, tuple):
-        arguments = message.body[0]
-        if len(arguments) > 1 and isinstance(arguments[1], Mapping):
-            return str(arguments[1].get("task", name))
-    return name

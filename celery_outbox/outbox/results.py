@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from celery.result import task_join_will_block
 from kombu import Queue
 
+from celery_outbox.outbox.signatures import tasks_of
+
 if TYPE_CHECKING:
     from celery import Celery
     from celery.canvas import Signature
@@ -97,20 +99,11 @@ class Results:
         Whichever part completes the chord sends the body, maybe again after it has been redelivered.
         """
         # None: who asks the backend itself, to prepare a chord.
-        if body is not None and self._sends_durable(body):
+        if body is not None and any(map(self._has_inbox, tasks_of(body))):
             application = self._application({"id": body.id})
             if application is not None:
                 body.options.setdefault("message_id", application)
         return apply_chord(header, body, **options)
-
-    def _sends_durable(self, signature: Mapping[str, Any]) -> bool:
-        nested = signature["kwargs"]
-        match signature.get("subtask_type"):
-            case "chain" | "group":
-                return any(self._sends_durable(each) for each in nested["tasks"])
-            case "chord":
-                return self._sends_durable(nested["header"]) or self._sends_durable(nested["body"])
-        return self._has_inbox(signature["task"])
 
     def _put_off_replies(self, backend: Any) -> None:
         """For rpc://, whether in a transaction or not: the broker may be away."""

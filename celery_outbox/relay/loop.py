@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_outbox import events
 from celery_outbox.config import Config
@@ -24,6 +25,9 @@ logger = logging.getLogger("celery_outbox.relay")
 
 #: The longest pause while the broker or the database is away.
 _LONGEST_PAUSE = 15.0
+#: The pauses between two tries to settle, the first and the longest.
+_SHORTEST_PAUSE = 0.05
+_LONGEST_SETTLE_PAUSE = 2.0
 _PRUNE_EVERY = 60.0
 _PRUNE_CHUNK = 1000
 
@@ -65,14 +69,15 @@ class Relay:
     def once(self) -> Tally:
         """Move one batch. Claims nothing while the broker is away.
 
-        Raises SQLAlchemy's errors when the database is away. What was claimed is then published
-        again when its lease is over: at most one batch twice.
+        Raises SQLAlchemy's errors when the database is away. If it does not come back before the
+        lease is over, what was published is published again: at most one batch twice.
         """
         try:
             self._publisher.open()
         except Exception as exc:
             self._broker_is_away(exc)
             return Tally()
+        claimed_at = time.monotonic()
         batch = self._store.claim(self._config.batch_size, self._config.lease_seconds)
         if not batch.rows:
             self._troubles = 0
@@ -81,7 +86,7 @@ class Relay:
         outcomes = self._publish(batch)
         events.emit(events.PUBLISHED, count=len(outcomes))
         settlement = self._settlement(batch, outcomes)
-        lost = self._store.settle(batch, settlement)
+        lost = self._settle(batch, settlement, claimed_at + self._config.lease_seconds)
         if lost:
             logger.warning("the lease of %d message(s) was over: another relay has them", lost)
             events.emit(events.LEASE_LOST, count=lost)
@@ -149,6 +154,24 @@ class Relay:
             (row.id, row.envelope.at(batch.now)) for row in batch.rows if row.envelope is not None
         ]
         return self._publisher.publish(readable)
+
+    def _settle(self, batch: Batch, settlement: Settlement, lease_ends: float) -> int:
+        """Settle, again and again while the database is away and the lease is not over."""
+        pause = _SHORTEST_PAUSE
+        failed = False
+        while True:
+            try:
+                lost = self._store.settle(batch, settlement)
+            except (OperationalError, InterfaceError, InternalError, PoolTimeout) as exc:
+                if time.monotonic() + pause >= lease_ends:
+                    raise
+                failed = True
+                logger.error("the database is away, with %d to settle: %s", len(batch.rows), exc)
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_SETTLE_PAUSE)
+            else:
+                # Within the lease nobody else had them: it is the first try that took effect.
+                return 0 if failed else lost
 
     def _settlement(self, batch: Batch, outcomes: dict[int, Outcome]) -> Settlement:
         settlement = Settlement(unreadable_after_seconds=self._config.backoff_cap_seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from amqp.exceptions import FrameSyntaxError
@@ -20,6 +21,11 @@ from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
 _AWAY = (*pyamqp.Transport.connection_errors, OperationalError)
 #: After so many losses of the connection in a row, a message is suspected to be the reason.
 _SUSPICIOUS = 2
+#: What probes are addressed to; no queue should have this name.
+_PROBE = "celery_outbox.probe"
+#: How long one probe may be under way, and how long a call waits for it.
+_PROBE_SECONDS = 60.0
+_LISTEN_SECONDS = 1.0
 _CLOSED = pyamqp.Transport.channel_errors
 
 __all__ = ["ConfirmingPublisher", "Publisher", "VirtualPublisher", "publisher_for"]
@@ -70,6 +76,9 @@ class Publisher(ABC):
 
     def open(self) -> None:
         """Connect if need be. Raises what the transport raises when the broker is away."""
+        self._ensure_connection()
+
+    def _ensure_connection(self) -> None:
         if self._connection is None:
             connection = self._connect()
             connection.ensure_connection(
@@ -86,7 +95,7 @@ class Publisher(ABC):
             connection.collect(socket_timeout=1)
 
     def _open_channel(self) -> Any:
-        self.open()
+        self._ensure_connection()
         assert self._connection is not None
         if self._channel is None:
             self._channel = self._connection.channel()
@@ -117,26 +126,54 @@ class VirtualPublisher(Publisher):
 
     That is the strongest answer that they give. There is no mandatory flag, so whether an exchange
     leads anywhere is looked up before.
+
+    A message that a broker can't take (too large for Redis) may make it end the connection, as if it
+    went away. What lost the connection is passed over the next time; if others go through, it is to
+    blame.
     """
+
+    def __init__(self, connect: Callable[[], Connection], confirm_timeout: float) -> None:
+        super().__init__(connect, confirm_timeout)
+        #: The messages with which the connection was lost.
+        self._suspects: set[int] = set()
 
     def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
+        passed_over: dict[int, str] = {}
         for number, envelope in batch:
-            outcomes[number] = outcome = self._publish_one(envelope)
+            try:
+                self.open()
+            except Exception as exc:
+                return self._give_up(batch, outcomes, _said(exc))
+            outcome = self._publish_one(envelope)
             if isinstance(outcome, Undecided):
                 self.close()
-                for rest, _ in batch:
-                    outcomes.setdefault(rest, outcome)
-                break
+                if number not in self._suspects:
+                    self._suspects.add(number)
+                    return self._give_up(batch, outcomes, outcome.error)
+                passed_over[number] = outcome.error
+                continue
+            outcomes[number] = outcome
+            if isinstance(outcome, Confirmed):
+                for guilty, error in passed_over.items():
+                    outcomes[guilty] = Refused(f"the broker ended the connection for it: {error}")
+                passed_over.clear()
+        for number, error in passed_over.items():
+            outcomes[number] = Undecided(error)
+        self._suspects.intersection_update(passed_over)
+        return outcomes
+
+    @staticmethod
+    def _give_up(
+        batch: Sequence[tuple[int, Envelope]], outcomes: dict[int, Outcome], error: str
+    ) -> dict[int, Outcome]:
+        for number, _ in batch:
+            outcomes.setdefault(number, Undecided(error))
         return outcomes
 
     def _publish_one(self, envelope: Envelope) -> Outcome:
-        try:
-            self.open()
-            assert self._connection is not None
-            away = self._connection.connection_errors
-        except Exception as exc:
-            return Undecided(_said(exc))
+        assert self._connection is not None
+        away = self._connection.connection_errors
         try:
             channel = self._open_channel()
             self._declare(channel, envelope.declare)
@@ -170,7 +207,17 @@ class ConfirmingPublisher(Publisher):
     ones. A message that came back (``mandatory``) is acked after it was returned. After any error of
     the channel the channel is thrown away, for a late ack would be taken for another message's; the
     broker does not say which message it closed the channel for, so what is left goes one by one.
+
+    A broker that is short of memory or disk takes connections, and then reads nothing from those that
+    publish; what was written to them arrives when it has recovered. So after a silence it must first
+    confirm a probe, and until it does no batch is written to it again.
     """
+
+    def open(self) -> None:
+        """Connect if need be. Raises what the transport raises when the broker is away, or silent."""
+        self._ensure_connection()
+        if self._silent:
+            self._await_probe()
 
     def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
@@ -192,8 +239,7 @@ class ConfirmingPublisher(Publisher):
             else:
                 self._one_by_one(left, outcomes)
         except _AWAY as exc:
-            # Silence says nothing about a message, an end of the connection may.
-            self._losses += not isinstance(exc, TimeoutError)
+            self._count_loss(exc)
             self._give_up(batch, outcomes, exc)
         return outcomes
 
@@ -214,7 +260,7 @@ class ConfirmingPublisher(Publisher):
                 outcomes[entry[0]] = Refused(_said(exc))
             except _AWAY as exc:
                 if self._losses < _SUSPICIOUS or isinstance(exc, TimeoutError):
-                    self._losses += not isinstance(exc, TimeoutError)
+                    self._count_loss(exc)
                     self._give_up(batch, outcomes, exc)
                     return
                 self.close()
@@ -223,8 +269,62 @@ class ConfirmingPublisher(Publisher):
                 )
         self._losses = 0
 
+    def _count_loss(self, error: BaseException) -> None:
+        # Silence says nothing about a message, an end of the connection may.
+        self._silent = isinstance(error, TimeoutError)
+        self._losses += not self._silent
+
+    def _await_probe(self) -> None:
+        """Return when the broker has confirmed a message that leads nowhere; raise while it has not.
+
+        The probe stays under way from one call to the next, and is replaced now and then: a broker
+        that reads nothing keeps each connection that was given up.
+        """
+        if self._probed is not None and time.monotonic() > self._probe_ends:
+            self.close()
+        try:
+            channel = self._confirming_channel()
+            if self._probed is None:
+                self._probe(channel)
+            self._listen(channel)
+        except _CLOSED:
+            # No right to publish there, perhaps; but it has answered.
+            self._silent = False
+            self._drop_channel()
+        except _AWAY:
+            self.close()
+            raise
+        if self._silent:
+            raise TimeoutError("it takes connections, but confirms nothing (see its alarms)")
+
+    def _probe(self, channel: Any) -> None:
+        for name in ("basic_ack", "basic_nack"):
+            channel.events[name].add(self._hear)
+        self._tag += 1
+        channel._basic_publish(channel.prepare_message(b"probe"), routing_key=_PROBE)
+        self._probed = channel
+        self._probe_ends = time.monotonic() + _PROBE_SECONDS
+
+    def _listen(self, channel: Any) -> None:
+        deadline = time.monotonic() + min(_LISTEN_SECONDS, self._confirm_timeout)
+        while self._silent and (left := deadline - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                channel.connection.drain_events(timeout=left)
+        if not self._silent:
+            for name in ("basic_ack", "basic_nack"):
+                channel.events[name].discard(self._hear)
+            self._probed = None
+
+    def _hear(self, _tag: int, _multiple: bool) -> None:
+        self._silent = False
+
+    def close(self) -> None:
+        """Drop the connection. Safe when there is none, or a broken one."""
+        self._probed = None
+        super().close()
+
     def _drop_channel(self) -> None:
-        self._channel = None
+        self._channel = self._probed = None
         self._declared.clear()
 
     def _give_up(
@@ -263,7 +363,8 @@ class ConfirmingPublisher(Publisher):
                     raise TimeoutError(
                         f"{len(confirms.pending)} messages were not confirmed in time"
                     )
-                channel.connection.drain_events(timeout=left)
+                with suppress(TimeoutError):
+                    channel.connection.drain_events(timeout=left)
         finally:
             for name, listener in listeners.items():
                 channel.events[name].discard(listener)
@@ -306,6 +407,11 @@ class ConfirmingPublisher(Publisher):
         return self._channel
 
     _tag = 0
+    #: Whether the broker let the confirm timeout pass, and has not answered since.
+    _silent = False
+    #: The channel on which a probe is under way, and until when.
+    _probed: Any = None
+    _probe_ends = 0.0
     #: How often in a row the connection was lost in the middle of a batch.
     _losses = 0
 

@@ -6,9 +6,10 @@ is delivered once more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -78,19 +79,21 @@ class Story:
         site.relay()
         for flow, point in CASES:
             story.runs[flow, point] = _start(CHORDS[flow], site, point)
-        story._end(Run.finish)
+        story._end(_finish)
         story.struck = site.points.struck_runs()
         with site.engine.begin() as connection:
             connection.execute(text("DROP TRIGGER keep_message ON outbox"))
             every = text("SELECT * FROM every_message ORDER BY id")
             rows = [dict(row) for row in connection.execute(every).mappings()]
         site.insert_again(rows)
-        story._end(Run.ask_again)
+        story._end(_ask_again)
         return story
 
-    def _end(self, finish: Callable[[Run], None]) -> None:
+    def _end(self, finish: Callable[[Run, float], None]) -> None:
+        # All go on at once, so they share the time: the first may well be the last to end.
+        deadline = time.monotonic() + 90
         for case, run in self.runs.items():
-            self._note(case, lambda run=run: finish(run))
+            self._note(case, partial(finish, run, deadline))
         self.site.wait_quiet(60)
         for case, run in self.runs.items():
             self._note(case, run.verify)
@@ -156,6 +159,30 @@ def test_a_part_is_delivered_twice_at_once(sites: Making, backend: str) -> None:
     site.wait_quiet()
     assert site.effects(tag) == ["part 1", "part 2", "total"]
     assert site.runs(tag) == ["part 1", "part 2", "total"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_part_fails_and_is_killed_with_the_claim(sites: Making, backend: str) -> None:
+    """One slot, so that the parts come in their order: nobody but the killed one can tell."""
+    site = _site(backend, sites)
+    tag = new_tag("failing_last@sending")
+    parts = [site.step(tag, "part 1"), site.task("failing").s(tag=tag)]
+    body = site.task("total").s(tag=tag).set(link_error=[site.task("handle_error").s(tag=tag)])
+    site.send(chord(parts, body, app=site.app))
+    site.relay_all()
+    site.worker("--concurrency=1", module="tests.faults.chord_worker")
+    site.relay()
+    site.wait_effects(tag, ["error handled", "part 1"])
+    site.wait_quiet()
+    assert site.effects(tag) == ["error handled", "part 1"]
+
+
+def _finish(run: Run, deadline: float) -> None:
+    run.finish(max(1, deadline - time.monotonic()))
+
+
+def _ask_again(run: Run, _deadline: float) -> None:
+    run.ask_again()
 
 
 def _site(backend: str, sites: Making) -> Site:

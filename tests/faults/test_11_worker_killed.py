@@ -13,7 +13,7 @@ from tests.journeys.flows import FLOWS
 from tests.journeys.making import Making
 from tests.journeys.matrix import PLACES, Case, Place, Story
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CASES = [case for place in PLACES for case in place.cases()]
 

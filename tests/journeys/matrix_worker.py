@@ -20,7 +20,6 @@ def main(*arguments: str) -> int:
     while True:
         child = os.fork()
         if not child:
-            import faulthandler; faulthandler.dump_traceback_later(3, repeat=True)
             try:
                 app.worker_main(["worker", *arguments])
             finally:

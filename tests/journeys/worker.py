@@ -84,8 +84,8 @@ def _pass_by_and_begin(transaction: InboxTransaction) -> Handled | None:
     return _begin(transaction)
 
 
-DurableTask._trace_once = _trace_as_part_of_a_run  # type: ignore[method-assign]
-InboxTransaction.begin = _pass_by_and_begin  # type: ignore[method-assign]
+DurableTask._trace_once = _trace_as_part_of_a_run  # type: ignore[method-assign,assignment]
+InboxTransaction.begin = _pass_by_and_begin  # type: ignore[method-assign,assignment]
 
 
 # A stock task's.

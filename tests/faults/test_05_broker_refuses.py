@@ -1,0 +1,142 @@
+"""Accident 5: the broker is there, and does not take the message.
+
+P5: a returned message is not a sent one. P7: what belongs to one message delays no other; what
+belongs to the broker (it blocks its connections) is no message's fault.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kombu import Connection, Exchange, Queue
+
+from tests.journeys.brokers import rabbitmq
+from tests.journeys.making import Making
+from tests.journeys.site import Site, new_tag
+from tests.support.servers import RabbitMQ
+from tests.support.waiting import wait_until
+
+#: Tried until the test has put right what was wrong.
+PATIENT: dict[str, Any] = {"outbox_max_attempts": 10_000}
+ROOM = 5
+
+
+@pytest.fixture(scope="module")
+def own_rabbitmq() -> Iterator[RabbitMQ]:
+    """A RabbitMQ that may block its connections."""
+    with RabbitMQ() as server:
+        yield server
+
+
+def _send(site: Site, count: int, **address: Any) -> list[str]:
+    tags = [new_tag(f"{number}") for number in range(count)]
+    with site.Session.begin():
+        for tag in tags:
+            site.step(tag).apply_async(**address)
+    return tags
+
+
+def _declare(site: Site, entity: Any) -> None:
+    with Connection(site.setup.broker) as connection:
+        entity(connection.default_channel).declare()
+
+
+def _verify_once(site: Site, tags: list[str], timeout: float = 30.0) -> None:
+    for tag in tags:
+        site.wait_effects(tag, ["done"], timeout)
+    site.wait_quiet()
+    assert [site.effects(tag) for tag in tags] == [["done"]] * len(tags)
+    assert not site.dead()
+
+
+@pytest.mark.parametrize(
+    ("exchange", "error"), [("late", "no exchange 'late'"), ("amq.direct", "unroutable")]
+)
+def test_what_the_message_needs_is_declared_later(sites: Making, exchange: str, error: str) -> None:
+    """There is no such exchange; no queue is bound to it: confirmed, but returned."""
+    site = sites("amqp", **PATIENT)
+    site.worker("--queues=celery")
+    site.relay()
+    early = _send(site, 3, exchange=exchange, exchange_type="direct", routing_key="late")
+    good = _send(site, 20)
+    for tag in good:
+        site.wait_effects(tag, ["done"])
+    wait_until(lambda: all(error in (row["last_error"] or "") for row in site.rows()), 30, error)
+    assert len(site.rows()) == len(early)
+    _declare(site, Queue("late", Exchange(exchange, type="direct"), routing_key="late"))
+    site.worker("--queues=late")
+    _verify_once(site, early + good)
+    assert [site.runs(tag) for tag in early] == [["done"]] * len(early)
+
+
+def test_the_queue_is_full_and_refuses(sites: Making) -> None:
+    site = sites("amqp", outbox_batch_size=10, **PATIENT)
+    vhost = site.setup.broker.rpartition("/")[2]
+    limits = f'{{"max-length": {ROOM}, "overflow": "reject-publish"}}'
+    sites.rabbitmq.rabbitmqctl("set_policy", "--vhost", vhost, "limits", "^full$", limits)
+    site.worker("--queues=celery")
+    site.relay()
+    tags = _send(site, 20, queue="full")
+    good = _send(site, 20)
+    for tag in good:
+        site.wait_effects(tag, ["done"])
+    wait_until(lambda: site.left() == ROOM, 30, "a full queue")
+    wait_until(lambda: site.pending() == 20 - ROOM, 30, "the others in the outbox")
+    wait_until(lambda: all("nack" in (row["last_error"] or "") for row in site.rows()), 30, "nacks")
+    site.worker("--queues=full")
+    _verify_once(site, tags + good, 60)
+
+
+@pytest.mark.slow
+def test_the_broker_blocks_its_connections(sites: Making, own_rabbitmq: RabbitMQ) -> None:
+    """Memory runs out: the relay pauses, blames no message, and goes on when it is over."""
+    batch = 50
+    site = sites(
+        rabbitmq(own_rabbitmq),
+        outbox_batch_size=batch,
+        outbox_confirm_timeout_seconds=1.0,
+        outbox_max_attempts=1,
+    )
+    relay = site.relay()
+    before = _send(site, 1)
+    wait_until(lambda: not site.pending(), 30, "an empty outbox")
+    own_rabbitmq.raise_memory_alarm()
+    try:
+        tags = _send(site, 4 * batch)
+        relay.wait_for_log("confirms nothing")
+        seen = len(relay.log)
+        relay.wait_for_log("confirms nothing", after=seen)
+        counts = site.outbox.store.counts()
+        assert (counts["outgoing"], counts["in_flight"], counts["dead"]) == (4 * batch, 0, 0)
+        assert {row["attempts"] for row in site.rows()} == {0}
+        assert relay.log.count("were not confirmed in time") == 1
+    finally:
+        own_rabbitmq.clear_memory_alarm()
+    wait_until(lambda: not site.pending(), 60, "an empty outbox")
+    # P8: what was written when it was blocked arrives as well, and no more than that.
+    assert site.left() <= 1 + 5 * batch
+    assert relay.alive
+    site.worker()
+    _verify_once(site, before + tags)
+    assert [site.runs(tag) for tag in tags] == [["done"]] * len(tags)
+
+
+@pytest.mark.slow
+def test_a_relay_meets_a_broker_that_is_blocked_already(
+    sites: Making, own_rabbitmq: RabbitMQ
+) -> None:
+    """Several relays as well: each may write one batch."""
+    site = sites(rabbitmq(own_rabbitmq), outbox_confirm_timeout_seconds=1.0, outbox_batch_size=10)
+    tags = _send(site, 30)
+    own_rabbitmq.raise_memory_alarm()
+    try:
+        relays = [site.relay() for _ in range(2)]
+        for relay in relays:
+            relay.wait_for_log("confirms nothing")
+        assert site.pending() == 30
+    finally:
+        own_rabbitmq.clear_memory_alarm()
+    wait_until(lambda: not site.pending(), 60, "an empty outbox")
+    assert site.left() <= 30 + 2 * 10
+    site.worker()
+    _verify_once(site, tags)
