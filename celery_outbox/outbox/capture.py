@@ -104,7 +104,7 @@ class Capture:
         return self._stock_sender()(staging, name, message, **options)
 
     def _decisive(self, name: str, message: Any) -> str:
-        """The task whose capture decides: a chord's poll, ``chord_unlock``, goes the way of its body."""
+        """The task whose capture decides: for a chord's poll, ``chord_unlock``, that of its body."""
         if name == "celery.chord_unlock" and isinstance(message.body, tuple):
             arguments = message.body[0]
             if len(arguments) > 1 and isinstance(arguments[1], Mapping):
