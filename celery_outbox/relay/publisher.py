@@ -22,7 +22,7 @@ _AWAY = (*pyamqp.Transport.connection_errors, OperationalError)
 #: After so many losses of the connection in a row, a message is suspected to be the reason.
 _SUSPICIOUS = 2
 #: What probes are addressed to; no queue should have this name.
-_PROBE = "celery_outbox.probe"
+_PROBE = "celery-outbox-probe"
 #: How long one probe may be under way, and how long a call waits for it.
 _PROBE_SECONDS = 60.0
 _LISTEN_SECONDS = 1.0
