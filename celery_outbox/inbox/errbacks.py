@@ -51,16 +51,15 @@ def call_errbacks(task: DurableTask, request: Any, error: BaseException, traceba
     )
     if transaction.begin() is not None:
         return
-    with transaction.active(), _only(request, called):
+    # A concurrent delivery that was faster has called them; the task's outcome is not this one's.
+    with suppress(AnsweredElsewhere), transaction.active(), _only(request, called):
         try:
             backend._call_task_errbacks(request, error, traceback)
             transaction.leave_body()
         except Exception:
             logger.exception("an error callback of %s[%s] failed", task.name, request.id)
             transaction.roll_back()
-        # A concurrent delivery that was faster has called them; the task's outcome is not this one's.
-        with suppress(AnsweredElsewhere):
-            transaction.commit(states.SUCCESS)
+        transaction.commit(states.SUCCESS)
 
 
 def described(task: DurableTask, request: Any) -> dict[str, Any]:
