@@ -42,7 +42,7 @@ from celery_outbox.outbox.scope import (
 )
 from celery_outbox.outbox.tracking import watch_engine, watch_every_engine, watch_sessions
 from celery_outbox.relay.loop import Relay, Tally
-from celery_outbox.relay.publisher import publisher_for
+from celery_outbox.relay.publishers import publisher_for
 from celery_outbox.storage import schema
 from celery_outbox.storage.asynchronous import (
     AsyncConnection,

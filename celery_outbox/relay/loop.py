@@ -16,7 +16,7 @@ from celery_outbox import events
 from celery_outbox.config import Config
 from celery_outbox.envelope import Envelope
 from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided, backoff
-from celery_outbox.relay.publisher import Publisher
+from celery_outbox.relay.publishers import Publisher
 from celery_outbox.storage.store import Batch, Claimed, Settlement, Store
 
 __all__ = ["Relay", "Tally"]

@@ -11,7 +11,7 @@ from celery_outbox import events
 from celery_outbox.envelope import Envelope
 from celery_outbox.plugin import Outbox
 from celery_outbox.relay.outcome import Outcome, Refused, Undecided
-from celery_outbox.relay.publisher import Publisher
+from celery_outbox.relay.publishers import Publisher
 
 __all__ = ["Faults", "Killed"]
 

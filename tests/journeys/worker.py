@@ -22,7 +22,7 @@ from celery_outbox import events
 from celery_outbox.envelope import Envelope, message_key
 from celery_outbox.inbox.task import DurableTask
 from celery_outbox.inbox.transaction import InboxTransaction
-from celery_outbox.relay.publisher import Publisher
+from celery_outbox.relay.publishers import Publisher
 from celery_outbox.storage.store import Handled
 from tests.journeys.site import Setup, Site
 

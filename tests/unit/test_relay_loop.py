@@ -8,7 +8,7 @@ import pytest
 from celery_outbox.envelope import Envelope
 from celery_outbox.relay.loop import Relay
 from celery_outbox.relay.outcome import Confirmed, Outcome
-from celery_outbox.relay.publisher import Publisher
+from celery_outbox.relay.publishers import Publisher
 from tests.unit.conftest import MakeShop
 
 

@@ -1,24 +1,24 @@
-"""Publishers: a batch goes to the broker, and an outcome comes back for each message."""
+"""ConfirmingPublisher: RabbitMQ, by py-amqp."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from amqp.exceptions import FrameSyntaxError
-from kombu import Connection
 from kombu.exceptions import OperationalError
-from kombu.transport import pyamqp, virtual
+from kombu.transport import pyamqp
 
-from celery_outbox.declaration import thaw
 from celery_outbox.envelope import Envelope
-from celery_outbox.errors import ConfigurationError
 from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
+from celery_outbox.relay.publishers.base import Publisher, said
+
+__all__ = ["ConfirmingPublisher"]
 
 _AWAY = (*pyamqp.Transport.connection_errors, OperationalError)
+_CLOSED = pyamqp.Transport.channel_errors
 #: After so many losses of the connection in a row, a message is suspected to be the reason.
 _SUSPICIOUS = 2
 #: What probes are addressed to; no queue should have this name.
@@ -26,178 +26,6 @@ _PROBE = "celery-outbox-probe"
 #: How long one probe may be under way, and how long a call waits for it.
 _PROBE_SECONDS = 60.0
 _LISTEN_SECONDS = 1.0
-_CLOSED = pyamqp.Transport.channel_errors
-
-__all__ = ["ConfirmingPublisher", "Publisher", "VirtualPublisher", "publisher_for"]
-
-
-#: kombu's transports of which it is known what a publish that returned means.
-_KNOWN = ("redis", "filesystem", "sql", "memory")
-
-
-def publisher_for(
-    connect: Callable[[], Connection], confirm_timeout: float, *, trust_broker: bool = False
-) -> Publisher:
-    """Return the publisher for the transport of `connect()`, without connecting.
-
-    Raises `ConfigurationError` for a transport whose answer to a publish means nothing, or is not
-    known to mean that it has the message, unless `trust_broker`.
-    """
-    connection = connect()
-    if isinstance(connection.transport, pyamqp.Transport):
-        return ConfirmingPublisher(connect, confirm_timeout)
-    kind = connection.transport.driver_type
-    if isinstance(connection.transport, virtual.Transport) and (kind in _KNOWN or trust_broker):
-        return VirtualPublisher(connect, confirm_timeout)
-    raise ConfigurationError(
-        f"broker_url: it is not known that a publish by the transport {kind!r} "
-        f"({connection.transport.driver_name}) means that the broker has the message, so that "
-        "nothing could leave the outbox safely; use amqp:// (py-amqp) or redis://"
-        + ("" if trust_broker else ", or insist with outbox_trust_broker = True")
-    )
-
-
-class Publisher(ABC):
-    """One connection to the broker, made when it is needed and again after an error."""
-
-    def __init__(self, connect: Callable[[], Connection], confirm_timeout: float) -> None:
-        self._connect = connect
-        self._confirm_timeout = confirm_timeout
-        self._connection: Connection | None = None
-        self._channel: Any = None
-        self._declared: set[str] = set()
-
-    @abstractmethod
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
-        """Publish the envelopes, each under a number of the caller's, and return what became of each.
-
-        Never raises for what the broker says, or for its absence.
-        """
-
-    def open(self) -> None:
-        """Connect if need be. Raises what the transport raises when the broker is away."""
-        self._ensure_connection()
-
-    def _ensure_connection(self) -> None:
-        if self._connection is None:
-            connection = self._connect()
-            connection.ensure_connection(
-                max_retries=1, interval_start=0, timeout=self._confirm_timeout
-            )
-            self._connection = connection
-
-    def close(self) -> None:
-        """Drop the connection. Safe when there is none, or a broken one."""
-        connection, self._connection = self._connection, None
-        self._channel = None
-        self._declared.clear()
-        if connection is not None:
-            connection.collect(socket_timeout=1)
-
-    def _open_channel(self) -> Any:
-        self._ensure_connection()
-        assert self._connection is not None
-        if self._channel is None:
-            self._channel = self._connection.channel()
-        return self._channel
-
-    def _declare(self, channel: Any, entities: Sequence[Mapping[str, Any]]) -> None:
-        """Declare what was not yet declared on this connection."""
-        for entity in entities:
-            known = repr(entity)
-            if known not in self._declared:
-                thaw(entity)(channel).declare()
-                self._declared.add(known)
-
-    @staticmethod
-    def _message(channel: Any, envelope: Envelope) -> Any:
-        return channel.prepare_message(
-            envelope.body.decode() if envelope.is_text else envelope.body,
-            envelope.priority,
-            envelope.content_type,
-            envelope.content_encoding,
-            dict(envelope.headers),
-            dict(envelope.properties),
-        )
-
-
-class VirtualPublisher(Publisher):
-    """Redis and kombu's embedded transports: a publish that returns was written.
-
-    That is the strongest answer that they give. There is no mandatory flag, so whether an exchange
-    leads anywhere is looked up before.
-
-    A message that a broker can't take (too large for Redis) may make it end the connection, as if it
-    went away. What lost the connection is passed over the next time; if others go through, it is to
-    blame.
-    """
-
-    def __init__(self, connect: Callable[[], Connection], confirm_timeout: float) -> None:
-        super().__init__(connect, confirm_timeout)
-        #: The messages with which the connection was lost.
-        self._suspects: set[int] = set()
-
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
-        outcomes: dict[int, Outcome] = {}
-        passed_over: dict[int, str] = {}
-        for number, envelope in batch:
-            try:
-                self.open()
-            except Exception as exc:
-                return self._give_up(batch, outcomes, _said(exc))
-            outcome = self._publish_one(envelope)
-            if isinstance(outcome, Undecided):
-                self.close()
-                if number not in self._suspects:
-                    self._suspects.add(number)
-                    return self._give_up(batch, outcomes, outcome.error)
-                passed_over[number] = outcome.error
-                continue
-            outcomes[number] = outcome
-            if isinstance(outcome, Confirmed):
-                for guilty, error in passed_over.items():
-                    outcomes[guilty] = Refused(f"the broker ended the connection for it: {error}")
-                passed_over.clear()
-        for number, error in passed_over.items():
-            outcomes[number] = Undecided(error)
-        self._suspects.intersection_update(passed_over)
-        return outcomes
-
-    @staticmethod
-    def _give_up(
-        batch: Sequence[tuple[int, Envelope]], outcomes: dict[int, Outcome], error: str
-    ) -> dict[int, Outcome]:
-        for number, _ in batch:
-            outcomes.setdefault(number, Undecided(error))
-        return outcomes
-
-    def _publish_one(self, envelope: Envelope) -> Outcome:
-        assert self._connection is not None
-        away = self._connection.connection_errors
-        try:
-            channel = self._open_channel()
-            self._declare(channel, envelope.declare)
-            if envelope.mandatory and not self._leads_anywhere(channel, envelope):
-                return Refused(f"unroutable: no queue is bound for {envelope.destination!r}")
-            channel.basic_publish(
-                self._message(channel, envelope),
-                exchange=envelope.exchange,
-                routing_key=envelope.routing_key,
-            )
-        except away as exc:
-            return Undecided(_said(exc))
-        except Exception as exc:
-            return Refused(_said(exc))
-        return Confirmed()
-
-    @staticmethod
-    def _leads_anywhere(channel: Any, envelope: Envelope) -> bool:
-        if not envelope.exchange:
-            return True
-        try:
-            return bool(channel._lookup(envelope.exchange, envelope.routing_key))
-        except LookupError:
-            return False
 
 
 class ConfirmingPublisher(Publisher):
@@ -235,7 +63,7 @@ class ConfirmingPublisher(Publisher):
         except _CLOSED as exc:
             self._drop_channel()
             if len(left := [entry for entry in batch if entry[0] not in outcomes]) == 1:
-                outcomes[left[0][0]] = Refused(_said(exc))
+                outcomes[left[0][0]] = Refused(said(exc))
             else:
                 self._one_by_one(left, outcomes)
         except _AWAY as exc:
@@ -257,16 +85,14 @@ class ConfirmingPublisher(Publisher):
                 self._exchange_with([entry], outcomes)
             except _CLOSED as exc:
                 self._drop_channel()
-                outcomes[entry[0]] = Refused(_said(exc))
+                outcomes[entry[0]] = Refused(said(exc))
             except _AWAY as exc:
                 if self._losses < _SUSPICIOUS or isinstance(exc, TimeoutError):
                     self._count_loss(exc)
                     self._give_up(batch, outcomes, exc)
                     return
                 self.close()
-                outcomes[entry[0]] = Refused(
-                    f"the broker ended the connection for it: {_said(exc)}"
-                )
+                outcomes[entry[0]] = Refused(f"the broker ended the connection for it: {said(exc)}")
         self._losses = 0
 
     def _count_loss(self, error: BaseException) -> None:
@@ -335,7 +161,7 @@ class ConfirmingPublisher(Publisher):
     ) -> None:
         self.close()
         for number, _ in batch:
-            outcomes.setdefault(number, Undecided(_said(error)))
+            outcomes.setdefault(number, Undecided(said(error)))
 
     def _exchange_with(
         self, batch: Sequence[tuple[int, Envelope]], outcomes: dict[int, Outcome]
@@ -376,7 +202,7 @@ class ConfirmingPublisher(Publisher):
             if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
                 raise
             # AMQP can't say this argument of a queue, and nothing was written.
-            confirms.outcomes[number] = Refused(_said(exc))
+            confirms.outcomes[number] = Refused(said(exc))
             return
         self._tag += 1
         confirms.pending[self._tag] = (number, envelope)
@@ -397,7 +223,7 @@ class ConfirmingPublisher(Publisher):
             # counted the message either.
             del confirms.pending[self._tag]
             self._tag -= 1
-            confirms.outcomes[number] = Refused(_said(exc))
+            confirms.outcomes[number] = Refused(said(exc))
 
     def _confirming_channel(self) -> Any:
         if self._channel is None:
@@ -444,7 +270,7 @@ class _Confirms:
                 and envelope.properties.get("correlation_id") == correlation_id
             ):
                 self.outcomes[number] = Refused(
-                    f"unroutable, the broker returned it: {_said(error)} (exchange {exchange!r}, "
+                    f"unroutable, the broker returned it: {said(error)} (exchange {exchange!r}, "
                     f"routing key {routing_key!r})"
                 )
                 return
@@ -458,7 +284,3 @@ class _Confirms:
 def _is_our_own(error: Exception) -> bool:
     """Whether py-amqp raised this by itself, where the broker's errors name the method at fault."""
     return isinstance(error, FrameSyntaxError) and error.method_sig is None
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:2000]
