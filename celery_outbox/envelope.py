@@ -85,6 +85,8 @@ class Envelope:
     keep: bool = False
     due_at: datetime | None = None
     expires_at: datetime | None = None
+    #: Messages with the same one leave the outbox in the order in which they were committed.
+    ordering_key: str | None = None
 
     @property
     def destination(self) -> str:
@@ -148,6 +150,7 @@ class Envelope:
         body: bytes,
         due_at: datetime | None,
         expires_at: datetime | None,
+        ordering_key: str | None = None,
     ) -> Envelope:
         """Read back what `dump` wrote; raise `EnvelopeError` for what a newer version wrote."""
         try:
@@ -176,6 +179,7 @@ class Envelope:
                 keep=data["keep"],
                 due_at=due_at,
                 expires_at=expires_at,
+                ordering_key=ordering_key,
             )
         except (KeyError, TypeError, ValueError) as exc:
             raise EnvelopeError(f"task {task}[{task_id}]: can't be read: {exc!r}") from exc

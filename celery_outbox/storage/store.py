@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import (
@@ -27,6 +26,7 @@ from celery_outbox.envelope import Envelope
 from celery_outbox.errors import EnvelopeError
 from celery_outbox.storage import schema
 from celery_outbox.storage.dialects import dialect_for
+from celery_outbox.storage.dialects.base import lock_of
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
 __all__ = ["Batch", "Claimed", "Handled", "Settlement", "Store", "row_of"]
@@ -44,6 +44,7 @@ class Claimed:
     attempts: int
     task: str
     task_id: str
+    destination: str
     created_at: datetime
     envelope: Envelope | None
     error: str | None = None
@@ -121,6 +122,8 @@ class Store:
         Raises `SchemaError` if it is the tables that are missing or of another version.
         """
         try:
+            if keys := {row["ordering_key"] for row in rows} - {None}:
+                self.dialect.lock_keys(connection, sorted(keys))
             connection.execute(self._stage, list(rows))
         except (OperationalError, ProgrammingError):
             schema.compare(self.engine, self.tables)
@@ -145,6 +148,42 @@ class Store:
         rows = sorted(rows, key=lambda row: int(row.id))
         return Batch(token, rows[0].now if rows else None, [_claimed(row) for row in rows])
 
+    def renew(self, batch: Batch, lease_seconds: float) -> int:
+        """Let the lease of what is left of a batch last `lease_seconds` from now; return how many."""
+        outbox = self.tables.outbox
+        ids = [row.id for row in batch.rows]
+        renewed = (
+            update(outbox)
+            .where(self.dialect.among(outbox.c.id, ids), outbox.c.lease_token == batch.token)
+            .values(available_at=self.dialect.after(lease_seconds))
+        )
+        with self.engine.begin() as connection:
+            return connection.execute(renewed).rowcount
+
+    def seconds_until_available(self) -> float | None:
+        """Return how long it is until a row is available, by the database's clock; None: none waits.
+
+        0 or less: one is.
+        """
+        outbox, now = self.tables.outbox, self.dialect.now()
+        first = (
+            select(outbox.c.available_at, now.label("now"))
+            .where(outbox.c.ordering_key.is_(None))
+            .order_by(outbox.c.available_at)
+            .limit(1)
+        )
+        ordered = select(
+            func.min(outbox.c.available_at).label("available_at"), now.label("now")
+        ).where(outbox.c.id.in_(self.dialect.first_of_each_key(outbox)))
+        with self.engine.connect() as connection:
+            rows = [*connection.execute(first), *connection.execute(ordered)]
+        left = [
+            (row.available_at - row.now).total_seconds()
+            for row in rows
+            if row.available_at is not None
+        ]
+        return min(left, default=None)
+
     def settle(self, batch: Batch, settlement: Settlement) -> int:
         """Write what became of each row whose lease is ours; return how many leases were lost."""
         outbox = self.tables.outbox
@@ -154,7 +193,9 @@ class Store:
         settled = 0
         with self.engine.begin() as connection:
             if settlement.confirmed:
-                confirmed = delete(outbox).where(outbox.c.id.in_(settlement.confirmed), ours)
+                confirmed = delete(outbox).where(
+                    self.dialect.among(outbox.c.id, settlement.confirmed), ours
+                )
                 settled += connection.execute(confirmed).rowcount
             if settlement.kept:
                 kept = one.values(
@@ -162,6 +203,8 @@ class Store:
                     last_error=None,
                     published_at=self.dialect.now(),
                     available_at=later,
+                    # It has left in its turn; what comes after it need not wait until it is handled.
+                    ordering_key=None,
                 )
                 rows = [{"row": key, "seconds": after} for key, after in settlement.kept.items()]
                 settled += (ours_still := connection.execute(kept, rows).rowcount)
@@ -177,7 +220,9 @@ class Store:
                 ]
                 settled += connection.execute(retried, failures).rowcount
             if settlement.released:
-                released = update(outbox).where(outbox.c.id.in_(settlement.released), ours)
+                released = update(outbox).where(
+                    self.dialect.among(outbox.c.id, settlement.released), ours
+                )
                 released = released.values(
                     lease_token=None,
                     attempts=outbox.c.attempts - 1,
@@ -214,15 +259,12 @@ class Store:
 
     def receive(self, connection: Connection, key: str, task: str, task_id: str) -> bool:
         """Claim an execution for this transaction; False if it was handled or is being handled."""
-        lock = int.from_bytes(
-            sha256(b"celery_outbox:" + key.encode()).digest()[:8], "big", signed=True
-        )
         values = {
             "key": key,
             "task": task[:NAME_LENGTH],
             "task_id": task_id[:NAME_LENGTH],
             "state": _EXPECTED,
-            "lock": lock,
+            "lock": lock_of("inbox", key),
         }
         return connection.execute(self._receive, values).first() is not None
 
@@ -301,6 +343,7 @@ def row_of(envelope: Envelope) -> Mapping[str, Any]:
         "task": envelope.task[:NAME_LENGTH],
         "task_id": envelope.task_id[:NAME_LENGTH],
         "destination": envelope.destination[:NAME_LENGTH],
+        "ordering_key": envelope.ordering_key,
         "body": envelope.body,
         "message": envelope.dump(),
         "due_at": envelope.due_at,
@@ -320,7 +363,17 @@ def _claimed(row: Row[Any]) -> Claimed:
             body=row.body,
             due_at=row.due_at,
             expires_at=row.expires_at,
+            ordering_key=row.ordering_key,
         )
     except EnvelopeError as exc:
         error = str(exc)
-    return Claimed(row.id, row.attempts, row.task, row.task_id, row.created_at, envelope, error)
+    return Claimed(
+        row.id,
+        row.attempts,
+        row.task,
+        row.task_id,
+        row.destination,
+        row.created_at,
+        envelope,
+        error,
+    )

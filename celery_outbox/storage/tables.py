@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Connection,
     DateTime,
     Dialect,
@@ -78,6 +79,8 @@ class Tables:
                 Column("task", String(NAME_LENGTH), nullable=False),
                 Column("task_id", String(NAME_LENGTH), nullable=False),
                 Column("destination", String(NAME_LENGTH), nullable=False),
+                # Messages with the same one leave in the order of their ids, one after the other.
+                Column("ordering_key", String(KEY_LENGTH)),
                 Column("body", LargeBinary, nullable=False),
                 Column("message", Text, nullable=False),
                 Column("created_at", UTCDateTime, nullable=False),
@@ -126,8 +129,20 @@ class Tables:
         )
         self.version = table("outbox_schema", Column("version", Integer, primary_key=True))
         event.listen(self.version, "after_create", self._write_version)
-        Index(f"ix_{prefix}outbox_available", self.outbox.c.available_at, self.outbox.c.id)
-        Index(f"ix_{prefix}outbox_key", self.outbox.c.key)
+        outbox = self.outbox.c
+        _partial_index(
+            f"ix_{prefix}outbox_available",
+            outbox.available_at,
+            outbox.id,
+            where=outbox.ordering_key.is_(None),
+        )
+        _partial_index(
+            f"ix_{prefix}outbox_ordered",
+            outbox.ordering_key,
+            outbox.id,
+            where=outbox.ordering_key.is_not(None),
+        )
+        Index(f"ix_{prefix}outbox_key", outbox.key)
         Index(f"ix_{prefix}inbox_handled", self.inbox.c.handled_at)
 
     def _write_version(self, _table: Table, connection: Connection, **_: Any) -> None:
@@ -137,3 +152,8 @@ class Tables:
     def all(self) -> list[Table]:
         """Return the tables in the order in which they are created."""
         return [self.outbox, self.inbox, self.dead_letter, self.beat, self.version]
+
+
+def _partial_index(name: str, *columns: Column[Any], where: ColumnElement[bool]) -> Index:
+    """Make an index of the rows that fulfil `where`; of all rows where the database knows no such."""
+    return Index(name, *columns, postgresql_where=where, sqlite_where=where, mssql_where=where)

@@ -24,6 +24,8 @@ class Publisher(ABC):
         self._connection: Connection | None = None
         self._channel: Any = None
         self._declared: set[str] = set()
+        #: The same by address, for the common case that an address has one declaration.
+        self._declared_for: dict[tuple[str, str], Sequence[Mapping[str, Any]]] = {}
 
     @abstractmethod
     def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
@@ -48,7 +50,7 @@ class Publisher(ABC):
         """Drop the connection. Safe when there is none, or a broken one."""
         connection, self._connection = self._connection, None
         self._channel = None
-        self._declared.clear()
+        self._forget_declarations()
         if connection is not None:
             connection.collect(socket_timeout=1)
 
@@ -59,13 +61,21 @@ class Publisher(ABC):
             self._channel = self._connection.channel()
         return self._channel
 
-    def _declare(self, channel: Any, entities: Sequence[Mapping[str, Any]]) -> None:
+    def _declare(self, channel: Any, envelope: Envelope) -> None:
         """Declare what was not yet declared on this connection."""
-        for entity in entities:
+        address = (envelope.exchange, envelope.routing_key)
+        if self._declared_for.get(address) == envelope.declare:
+            return
+        for entity in envelope.declare:
             known = repr(entity)
             if known not in self._declared:
                 thaw(entity)(channel).declare()
                 self._declared.add(known)
+        self._declared_for[address] = envelope.declare
+
+    def _forget_declarations(self) -> None:
+        self._declared.clear()
+        self._declared_for.clear()
 
     @staticmethod
     def _message(channel: Any, envelope: Envelope) -> Any:

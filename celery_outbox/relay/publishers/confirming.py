@@ -14,6 +14,7 @@ from kombu.transport import pyamqp
 from celery_outbox.envelope import Envelope
 from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
 from celery_outbox.relay.publishers.base import Publisher, said
+from celery_outbox.relay.publishers.frames import frames
 
 __all__ = ["ConfirmingPublisher"]
 
@@ -26,6 +27,8 @@ _PROBE = "celery-outbox-probe"
 #: How long one probe may be under way, and how long a call waits for it.
 _PROBE_SECONDS = 60.0
 _LISTEN_SECONDS = 1.0
+#: How many bytes are written at a time.
+_PIECE = 64 * 1024
 
 
 class ConfirmingPublisher(Publisher):
@@ -151,7 +154,7 @@ class ConfirmingPublisher(Publisher):
 
     def _drop_channel(self) -> None:
         self._channel = self._probed = None
-        self._declared.clear()
+        self._forget_declarations()
 
     def _give_up(
         self,
@@ -180,8 +183,7 @@ class ConfirmingPublisher(Publisher):
         for name, listener in listeners.items():
             channel.events[name].add(listener)
         try:
-            for number, envelope in batch:
-                self._send(channel, number, envelope, confirms)
+            self._write(channel, batch, confirms)
             deadline = time.monotonic() + self._confirm_timeout
             while confirms.pending:
                 left = deadline - time.monotonic()
@@ -195,35 +197,33 @@ class ConfirmingPublisher(Publisher):
             for name, listener in listeners.items():
                 channel.events[name].discard(listener)
 
-    def _send(self, channel: Any, number: int, envelope: Envelope, confirms: _Confirms) -> None:
-        try:
-            self._declare(channel, envelope.declare)
-        except Exception as exc:
-            if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
-                raise
-            # AMQP can't say this argument of a queue, and nothing was written.
-            confirms.outcomes[number] = Refused(said(exc))
-            return
-        self._tag += 1
-        confirms.pending[self._tag] = (number, envelope)
-        try:
-            # basic_publish would wait for each confirm where the user's transport options ask for
-            # confirm_publish, and take any message's ack for this one's.
-            channel._basic_publish(
-                self._message(channel, envelope),
-                exchange=envelope.exchange,
-                routing_key=envelope.routing_key,
-                mandatory=envelope.mandatory,
-                immediate=False,
-            )
-        except Exception as exc:
-            if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
-                raise
-            # AMQP can't say this header or property. Nothing was written, so the broker has not
-            # counted the message either.
-            del confirms.pending[self._tag]
-            self._tag -= 1
-            confirms.outcomes[number] = Refused(said(exc))
+    def _write(
+        self, channel: Any, batch: Sequence[tuple[int, Envelope]], confirms: _Confirms
+    ) -> None:
+        """Write the whole batch, in a few pieces."""
+        connection = channel.connection
+        pending: list[bytes] = []
+        size = 0
+        for number, envelope in batch:
+            try:
+                self._declare(channel, envelope)
+                data = frames(envelope, channel=channel.channel_id, frame_max=connection.frame_max)
+            except Exception as exc:
+                if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
+                    raise
+                # AMQP can't say this argument of a queue, this header or this property. Nothing was
+                # written, so the broker has not counted the message either.
+                confirms.outcomes[number] = Refused(said(exc))
+                continue
+            self._tag += 1
+            confirms.pending[self._tag] = (number, envelope)
+            pending.append(data)
+            size += len(data)
+            if size >= _PIECE:
+                connection.transport.write(b"".join(pending))
+                pending, size = [], 0
+        if pending:
+            connection.transport.write(b"".join(pending))
 
     def _confirming_channel(self) -> Any:
         if self._channel is None:

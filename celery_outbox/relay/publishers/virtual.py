@@ -69,7 +69,7 @@ class VirtualPublisher(Publisher):
         away = self._connection.connection_errors
         try:
             channel = self._open_channel()
-            self._declare(channel, envelope.declare)
+            self._declare(channel, envelope)
             if envelope.mandatory and not self._leads_anywhere(channel, envelope):
                 return Refused(f"unroutable: no queue is bound for {envelope.destination!r}")
             channel.basic_publish(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import (
@@ -15,11 +17,29 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
+    func,
     select,
+    union_all,
     update,
 )
 
-__all__ = ["RECEIVED", "Dialect"]
+__all__ = ["CLAIMED", "RECEIVED", "Dialect", "lock_of"]
+
+#: What a claim returns of a row, besides the database's time.
+CLAIMED = (
+    "id",
+    "key",
+    "task",
+    "task_id",
+    "destination",
+    "body",
+    "message",
+    "created_at",
+    "due_at",
+    "expires_at",
+    "attempts",
+    "ordering_key",
+)
 
 #: What the worker says of an execution that it begins; the time is the database's.
 RECEIVED = ("key", "task", "task_id", "state")
@@ -54,27 +74,58 @@ class Dialect:
     ) -> Sequence[Row[Any]]:
         """Take up to `limit` available rows under a lease, and return them with the time.
 
+        Of the rows with an ordering key only the first of each key may go, and only once it is
+        available itself; they get half of the places, so that neither kind starves the other.
+
         The rows are locked in a CTE: an IN over a bare subquery with LIMIT may be planned as a loop
         that locks more than the limit.
         """
         columns = outbox.c
-        due = self.skip_locked(
+        available = columns.available_at <= self.now()
+        in_order = (columns.available_at, columns.id)
+        first = self.first_of_each_key(outbox)
+        ordered = self.skip_locked(
             select(columns.id)
-            .where(columns.available_at <= self.now())
-            .order_by(columns.available_at, columns.id)
-            .limit(limit)
-        ).cte("due")
+            .where(columns.ordering_key.is_not(None), columns.id.in_(first), available)
+            .order_by(*in_order)
+            # Of a single place, each kind gets half.
+            .limit((limit + random.getrandbits(1)) // 2)
+        ).cte("ordered")
+        places_left = limit - select(func.count()).select_from(ordered).scalar_subquery()
+        others = self.skip_locked(
+            select(columns.id)
+            .where(columns.ordering_key.is_(None), available)
+            .order_by(*in_order)
+            .limit(places_left)
+        ).cte("others")
+        due = union_all(select(ordered.c.id), select(others.c.id))
         taken = (
             update(outbox)
-            .where(columns.id.in_(select(due.c.id)))
+            .where(columns.id.in_(due))
             .values(
                 lease_token=token,
                 attempts=columns.attempts + 1,
                 available_at=self.after(lease_seconds),
             )
-            .returning(*columns, self.now().label("now"))
+            .returning(*(columns[name] for name in CLAIMED), self.now().label("now"))
         )
         return connection.execute(taken).all()
+
+    def first_of_each_key(self, outbox: Table) -> Select[Any]:
+        """The ids of the rows before which none with the same ordering key waits."""
+        key = outbox.c.ordering_key
+        return select(func.min(outbox.c.id)).where(key.is_not(None)).group_by(key)
+
+    def among(self, column: ColumnElement[int], ids: Sequence[int]) -> ColumnElement[bool]:
+        """Whether a column is one of many ids."""
+        return column.in_(ids)
+
+    def lock_keys(self, connection: Connection, keys: Sequence[str]) -> None:
+        """Let transactions that stage under the same ordering key commit one after the other.
+
+        Only then is the order of their ids that of their commits. Nothing to do where there is but
+        one writer.
+        """
 
     def receive(self, inbox: Table) -> Executable:
         """The statement that inserts an inbox row, or inserts nothing and returns nothing.
@@ -102,3 +153,9 @@ class Dialect:
 
     def prepare(self, engine: Engine) -> None:
         """Do what must be done once for a new database, outside any transaction."""
+
+
+def lock_of(kind: str, key: str) -> int:
+    """Return the number of an advisory lock: 64 bits of a digest."""
+    digest = sha256(f"celery_outbox:{kind}:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
