@@ -53,8 +53,11 @@ class Config:
     backoff_base_seconds: float = 1.0
     #: The longest such pause.
     backoff_cap_seconds: float = 300.0
-    #: How long an idle relay daemon waits before it looks again.
+    #: The longest that an idle relay waits before it looks again; where the database tells of commits,
+    #: 25 times as long.
     poll_seconds: float = 0.2
+    #: Let a commit to the outbox wake the relays, where the database can (PostgreSQL).
+    notify: bool = True
     #: How long the inbox remembers what it handled; longer than the broker can redeliver.
     inbox_retention_seconds: float = 7 * 24 * 3600.0
     #: How long a worker waits before it gives a message back whose first execution still runs, or
@@ -92,7 +95,7 @@ class Config:
             raise ConfigurationError(f"{PREFIX}database_url is wrong: it takes a string")
         if not isinstance(self.relay_queue, str | None):
             raise _wrong("relay_queue", self.relay_queue, "the name of a queue")
-        for name in ("hold_scheduled", "keep_until_handled", "relay_in_worker", "trust_broker"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         if self.keep_until_handled and not self.hold_scheduled:
@@ -135,6 +138,7 @@ class Config:
         return cls(**given)
 
 
+_SWITCHES = tuple(f.name for f in fields(Config) if f.type == "bool")
 _SECONDS = tuple(f.name for f in fields(Config) if f.name.endswith("_seconds"))
 _MAY_BE_ZERO = ("relay_tick_seconds", "backoff_base_seconds", "busy_pause_seconds")
 

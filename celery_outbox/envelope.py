@@ -14,7 +14,7 @@ from kombu.utils.json import dumps, loads
 
 from celery_outbox.errors import EnvelopeError
 
-__all__ = ["Envelope", "application_id", "message_key"]
+__all__ = ["Envelope", "application_id", "message_key", "ordering_key"]
 
 #: The form in which `Envelope.dump` writes. A reader refuses what is newer than itself.
 FORMAT = 1
@@ -56,6 +56,16 @@ def application_id(request: Mapping[str, Any]) -> str | None:
     """Return what tells one application of a signature from another, if the message says so."""
     given = (request.get("properties") or {}).get("message_id")
     return None if given is None else str(given)
+
+
+def ordering_key(value: object) -> str | None:
+    """Return a user's ordering key as it is stored; raise `EnvelopeError` for what can't be one."""
+    if value is None:
+        return None
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        raise EnvelopeError(f"outbox_ordering_key={value!r} is wrong: it takes a text or a number")
+    key = str(value)
+    return key if len(key) <= KEY_LENGTH else "sha256:" + sha256(key.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

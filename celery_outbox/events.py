@@ -23,6 +23,7 @@ PUBLISHED: Final = "published"  # count: the broker has confirmed them, they are
 SETTLED: Final = "settled"  # tally
 LEASE_LOST: Final = "lease_lost"  # count: another relay has taken them since
 DEAD: Final = "dead_letter"  # task, task_id, error
+STALLED: Final = "stalled"  # destination, error: it takes nothing, and is left alone for a while
 BROKER_AWAY: Final = "broker_away"  # error
 # Incoming.
 HANDLING: Final = "handling"  # key: the inbox row is claimed, the body will run

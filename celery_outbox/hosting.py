@@ -46,6 +46,7 @@ class WorkerRelay(bootsteps.StartStopStep):
         super().__init__(parent, **kwargs)
         self._stop = Event()
         self._thread: Thread | None = None
+        self._relay: Relay | None = None
         self._host = cast("Host | None", installed_in(parent.app))
 
     def include_if(self, parent: Any) -> bool:
@@ -55,7 +56,7 @@ class WorkerRelay(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         """Start the thread."""
         assert self._host is not None
-        relay = self._host.hosted_relay()
+        relay = self._relay = self._host.hosted_relay()
         self._thread = Thread(
             target=relay.run, args=(self._stop,), name="celery-outbox-relay", daemon=True
         )
@@ -65,7 +66,8 @@ class WorkerRelay(bootsteps.StartStopStep):
     def stop(self, parent: Any) -> None:
         """Let the relay end its batch."""
         self._stop.set()
-        if self._thread is not None and self._host is not None:
+        if self._thread is not None and self._host is not None and self._relay is not None:
+            self._relay.wake()
             self._thread.join(self._host.config.confirm_timeout_seconds + _PATIENCE)
 
     terminate = stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from threading import Lock
@@ -33,6 +33,7 @@ from celery_outbox.inbox.transaction import new_application
 from celery_outbox.outbox.bypass import Bypasses
 from celery_outbox.outbox.capture import Capture, Stage
 from celery_outbox.outbox.current import Current
+from celery_outbox.outbox.ordering import key_of_call
 from celery_outbox.outbox.scope import (
     ConnectionScope,
     NamedSession,
@@ -130,6 +131,7 @@ class Outbox:
             self._choose,
             self._has_inbox,
             new_application,
+            self._ordering_key,
             self._current.exists,
             self._bypasses,
         ).install()
@@ -202,7 +204,10 @@ class Outbox:
     @cached_property
     def store(self) -> Store:
         """The tables of the outbox, transition by transition."""
-        return Store(self.engine, self.tables)
+        return self._make_store(self.engine)
+
+    def _make_store(self, engine: Engine) -> Store:
+        return Store(engine, self.tables, notifies=self.config.notify)
 
     def make_session(self, connection: Connection) -> Session:
         """Return a session of the app's kind whose commits stay inside `connection`'s transaction."""
@@ -296,6 +301,11 @@ class Outbox:
         found = self._task(task)
         return isinstance(found, DurableTask) and found.inbox
 
+    def _ordering_key(
+        self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> str | None:
+        return key_of_call(self._task(task), args, kwargs)
+
     def _task(self, name: str) -> Any:
         # Finalized, or a task of every app that is sent by name first would be taken for unknown.
         app = self.app
@@ -311,7 +321,7 @@ class Outbox:
 
     def hosted_relay(self) -> Relay:
         """Return a relay that shares no connection and no pool with the rest of the process."""
-        return self._make_relay(Store(twin_of(self.engine), self.tables))
+        return self._make_relay(self._make_store(twin_of(self.engine)))
 
     def _make_relay(self, store: Store) -> Relay:
         publisher = publisher_for(

@@ -48,6 +48,8 @@ def durable_task(
       least once: it is acknowledged late, unless you say otherwise.
     - ``session=False``: no transaction is held open while the body runs, for tasks that take long or
       write nothing. What it sends, and its outcome, still are committed once; the body may run twice.
+    - ``outbox_ordering_key``: a text, or a callable on the task's arguments that returns a text, a
+      number or None. Messages with the same key leave the outbox in the order of their commits.
     - ``base``: a task class of yours; without it the app's own ``Task`` class is kept.
 
     The body's writes through ``self.session`` (or `current_session()`, or a session of the

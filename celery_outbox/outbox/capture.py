@@ -18,8 +18,9 @@ from kombu import Connection, Exchange, Queue
 from kombu.messaging import Producer
 
 from celery_outbox.declaration import freeze
-from celery_outbox.envelope import Envelope, message_key
+from celery_outbox.envelope import Envelope, message_key, ordering_key
 from celery_outbox.outbox.bypass import Bypasses
+from celery_outbox.outbox.ordering import OPTION, arguments_of
 from celery_outbox.outbox.results import Results
 from celery_outbox.outbox.signatures import tasks_of
 
@@ -43,8 +44,8 @@ class Capture:
     `choose` is asked for each task message, by task name, and answers with where to stage it, or
     None to let Celery publish it. `has_inbox` tells whether a task's worker will record that it has
     handled the message, so that the envelope may be kept until then. `application` gives an id to the
-    application that a message of such a task comes from. `in_transaction` tells whether the caller is
-    in one.
+    application that a message of such a task comes from. `ordering_key` gives the key of a call, by
+    task name and arguments. `in_transaction` tells whether the caller is in one.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Capture:
         choose: Callable[[str], Stage | None],
         has_inbox: Callable[[str], bool],
         application: Callable[[Mapping[str, Any]], str | None],
+        ordering_key: Callable[[str, Sequence[Any], Mapping[str, Any]], str | None],
         in_transaction: Callable[[], bool],
         bypasses: Bypasses,
     ) -> None:
@@ -61,6 +63,7 @@ class Capture:
         self._choose = choose
         self._has_inbox = has_inbox
         self._application = application
+        self._ordering_key = ordering_key
         self._in_transaction = in_transaction
         self._sender: Callable[..., Any] | None = None
         self._results = Results(app, in_transaction, has_inbox, application)
@@ -81,6 +84,7 @@ class Capture:
             return self._stage_or_publish(producer, name, message, **options)
 
     def _stage_or_publish(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
+        given = options.pop(OPTION, None)
         ours = self._is_own_broker(producer.connection)
         stage = self._choose(self._decisive(name, message)) if ours else None
         if not ours and self._has_inbox(name):
@@ -98,6 +102,7 @@ class Capture:
             in_transaction=self._in_transaction(),
             has_inbox=has_inbox,
             application=self._application(described) if has_inbox else None,
+            key=ordering_key(given) or self._ordering_key(name, *arguments_of(message)),
             mandatory=self._exchange_type(options) not in _MAY_REACH_NOBODY,
             also_declare=self._results.reply_queues(),
         )
@@ -161,6 +166,7 @@ class StagingProducer(Producer):
         in_transaction: bool,
         has_inbox: bool,
         application: str | None,
+        key: str | None,
         mandatory: bool,
         also_declare: Sequence[Queue],
     ) -> None:
@@ -172,6 +178,7 @@ class StagingProducer(Producer):
         self._in_transaction = in_transaction
         self._has_inbox = has_inbox
         self._application = application
+        self._ordering_key = key
         self._mandatory = mandatory
         self._also_declare = also_declare
         super().__init__(
@@ -246,6 +253,7 @@ class StagingProducer(Producer):
                 keep=has_inbox,
                 due_at=due_at,
                 expires_at=expires_at,
+                ordering_key=self._ordering_key if described else None,
             )
         )
 

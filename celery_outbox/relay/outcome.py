@@ -1,13 +1,22 @@
-"""Outcome: what a broker made of one message, and the rule that says what follows."""
+"""Outcome: what a broker made of one message, and the rules that say whose fault it was."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TypeAlias
 
-__all__ = ["Confirmed", "Outcome", "Refused", "Undecided", "backoff"]
+__all__ = [
+    "Confirmed",
+    "Fault",
+    "Outcome",
+    "Refused",
+    "Stalled",
+    "Undecided",
+    "UnderWay",
+    "Unknown",
+    "fault_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +26,14 @@ class Confirmed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The broker does not take this message: returned, refused, or the channel closed for it."""
+    """The broker does not take this message: an attempt that counts, and the last one is its end."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """Its destination takes nothing now: a full queue, no right to write. No fault of the message."""
 
     error: str
 
@@ -29,15 +45,51 @@ class Undecided:
     error: str
 
 
-Outcome: TypeAlias = Confirmed | Refused | Undecided
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Not sent, or not known to be, and neither the message nor the broker is at fault."""
 
 
-def backoff(
-    attempts: int, *, base: float, cap: float, random: Callable[[], float] = random.random
-) -> float:
-    """Return the seconds to wait after the `attempts`-th failure.
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """Sent, and not answered yet, where others were: `Publisher.late` will tell what became of it."""
 
-    Exponential with full jitter (M. Brooker, "Exponential Backoff And Jitter", AWS Architecture
-    Blog, 2015), so that what failed together does not come back together.
-    """
-    return random() * min(cap, base * 2.0 ** min(attempts - 1, 60))
+
+Outcome: TypeAlias = Confirmed | Refused | Stalled | Undecided | Unknown | UnderWay
+
+
+class Fault(Enum):
+    """Whom an error speaks of."""
+
+    MESSAGE = "message"
+    DESTINATION = "destination"
+    BROKER = "broker"
+
+
+#: The reply codes of AMQP 0-9-1 (specification, 1.7 "Constants"; RabbitMQ's "Channel and connection
+#: exceptions") with which a channel or a connection ends, or a message comes back.
+_FAULTS = {
+    311: Fault.MESSAGE,  # content-too-large
+    312: Fault.MESSAGE,  # no-route: it came back
+    313: Fault.MESSAGE,  # no-consumers: it came back
+    320: Fault.BROKER,  # connection-forced: a shutdown, an operator
+    402: Fault.BROKER,  # invalid-path: the virtual host
+    403: Fault.DESTINATION,  # access-refused: a right that an operator can give
+    404: Fault.MESSAGE,  # not-found: its exchange
+    405: Fault.DESTINATION,  # resource-locked: an exclusive queue of another connection
+    406: Fault.MESSAGE,  # precondition-failed: its declaration, its expiration or its size
+    501: Fault.MESSAGE,  # frame-error
+    502: Fault.MESSAGE,  # syntax-error
+    503: Fault.MESSAGE,  # command-invalid
+    504: Fault.BROKER,  # channel-error
+    505: Fault.MESSAGE,  # unexpected-frame
+    506: Fault.BROKER,  # resource-error
+    530: Fault.BROKER,  # not-allowed: the virtual host
+    540: Fault.MESSAGE,  # not-implemented
+    541: Fault.BROKER,  # internal-error
+}
+
+
+def fault_of(reply_code: int | None) -> Fault:
+    """Return whose fault an AMQP error is; a code that nobody knows is no message's."""
+    return _FAULTS.get(reply_code or 0, Fault.BROKER)

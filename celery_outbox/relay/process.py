@@ -23,6 +23,7 @@ def run_until_told(relay: Relay) -> None:
             raise SystemExit(128 + number)
         logger.info("relay: %s, ending the batch in hand", signal.Signals(number).name)
         stop.set()
+        relay.wake()
 
     before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -27,6 +27,7 @@ from celery_outbox.errors import EnvelopeError
 from celery_outbox.storage import schema
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.dialects.base import lock_of
+from celery_outbox.storage.notifications import Listener, channel_of
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
 __all__ = ["Batch", "Claimed", "Handled", "Settlement", "Store", "row_of"]
@@ -70,12 +71,21 @@ class Settlement:
     retried: dict[int, tuple[float, str]] = field(default_factory=dict)
     #: id → error
     dead: dict[int, str] = field(default_factory=dict)
-    #: Given back uncounted: the broker was at fault. All for `release_after_seconds`.
+    #: Given back at once, uncounted: the broker was at fault, or nobody.
     released: list[int] = field(default_factory=list)
-    release_after_seconds: float = 0.0
-    #: Not for this version to publish: id → error. Uncounted, all for `unreadable_after_seconds`.
-    unreadable: dict[int, str] = field(default_factory=dict)
-    unreadable_after_seconds: float = 0.0
+    #: Left alone for a while, uncounted: id → (seconds, error). Its destination takes nothing now, or
+    #: it is not for this version to publish.
+    postponed: dict[int, tuple[float, str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return (
+            len(self.confirmed)
+            + len(self.kept)
+            + len(self.retried)
+            + len(self.dead)
+            + len(self.released)
+            + len(self.postponed)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +101,24 @@ class Store:
     """The tables of one outbox in one database.
 
     Methods that take a `connection` run in its transaction and never commit; the others run in a
-    short transaction of their own.
+    short transaction of their own. With `notifies`, a commit tells those who `listen`, where the
+    database can.
     """
 
-    def __init__(self, engine: Engine, tables: Tables) -> None:
+    def __init__(self, engine: Engine, tables: Tables, *, notifies: bool = True) -> None:
         self.engine = engine
         self.tables = tables
         self.dialect = dialect_for(engine.dialect.name)
         outbox = tables.outbox
-        self._stage = insert(outbox).values(
+        self._channel = channel_of(outbox.fullname)
+        stage = insert(outbox).values(
             attempts=0,
             created_at=self.dialect.now(),
             available_at=func.coalesce(
                 bindparam("not_before", type_=UTCDateTime), self.dialect.now()
             ),
         )
+        self._stage = self.dialect.notifying(stage, self._channel) if notifies else stage
         # Built once: a worker runs these two for every task, and building costs as much as asking.
         self._receive = self.dialect.receive(tables.inbox)
         self._record = (
@@ -133,6 +146,15 @@ class Store:
         """Insert one envelope in a transaction of its own, committed at the return."""
         with self.engine.begin() as connection:
             self.stage(connection, [row])
+
+    def listen(self) -> Listener | None:
+        """Hear of commits to the outbox from now on; None where the database tells nobody."""
+        return self.dialect.listen(self.engine, self._channel)
+
+    def notify(self) -> None:
+        """Tell those who listen."""
+        with self.engine.begin() as connection:
+            self.dialect.notify(connection, self._channel)
 
     def claim(self, limit: int, lease_seconds: float) -> Batch:
         """Take up to `limit` available envelopes under a lease; each counts an attempt."""
@@ -185,7 +207,10 @@ class Store:
         return min(left, default=None)
 
     def settle(self, batch: Batch, settlement: Settlement) -> int:
-        """Write what became of each row whose lease is ours; return how many leases were lost."""
+        """Write what became of rows of the batch whose lease is ours; return how many were lost.
+
+        What the settlement leaves out stays as it is, under its lease.
+        """
         outbox = self.tables.outbox
         ours = outbox.c.lease_token == batch.token
         one = update(outbox).where(outbox.c.id == bindparam("row"), ours).values(lease_token=None)
@@ -212,13 +237,14 @@ class Store:
                     # A row that is gone was handled before we came to settle it: not a lost lease.
                     there = select(func.count()).where(outbox.c.id.in_(settlement.kept))
                     settled += len(rows) - connection.execute(there).scalar_one()
+            later_with_error = one.values(last_error=bindparam("error"), available_at=later)
             if settlement.retried:
-                retried = one.values(last_error=bindparam("error"), available_at=later)
-                failures = [
-                    {"row": key, "seconds": after, "error": error}
-                    for key, (after, error) in settlement.retried.items()
-                ]
-                settled += connection.execute(retried, failures).rowcount
+                failures = _failures(settlement.retried)
+                settled += connection.execute(later_with_error, failures).rowcount
+            if settlement.postponed:
+                uncounted = later_with_error.values(attempts=outbox.c.attempts - 1)
+                failures = _failures(settlement.postponed)
+                settled += connection.execute(uncounted, failures).rowcount
             if settlement.released:
                 released = update(outbox).where(
                     self.dialect.among(outbox.c.id, settlement.released), ours
@@ -226,22 +252,12 @@ class Store:
                 released = released.values(
                     lease_token=None,
                     attempts=outbox.c.attempts - 1,
-                    available_at=self.dialect.after(settlement.release_after_seconds),
+                    available_at=self.dialect.now(),
                 )
                 settled += connection.execute(released).rowcount
-            if settlement.unreadable:
-                unreadable = one.values(
-                    attempts=outbox.c.attempts - 1,
-                    last_error=bindparam("error"),
-                    available_at=self.dialect.after(settlement.unreadable_after_seconds),
-                )
-                errors = [
-                    {"row": key, "error": error} for key, error in settlement.unreadable.items()
-                ]
-                settled += connection.execute(unreadable, errors).rowcount
             for row_id, error in settlement.dead.items():
                 settled += self._bury(connection, row_id, batch.token, error)
-        return len(batch.rows) - settled
+        return len(settlement) - settled
 
     def _bury(self, connection: Connection, row_id: int, token: str, error: str) -> int:
         """Move a row to the dead letters, if the lease is still ours."""
@@ -377,3 +393,9 @@ def _claimed(row: Row[Any]) -> Claimed:
         envelope,
         error,
     )
+
+
+def _failures(rows: Mapping[int, tuple[float, str]]) -> list[dict[str, Any]]:
+    return [
+        {"row": key, "seconds": seconds, "error": error} for key, (seconds, error) in rows.items()
+    ]

@@ -10,8 +10,9 @@ from typing import Any
 from celery_outbox import events
 from celery_outbox.envelope import Envelope
 from celery_outbox.plugin import Outbox
-from celery_outbox.relay.outcome import Outcome, Refused, Undecided
+from celery_outbox.relay.outcome import Outcome, Refused, Stalled, Undecided
 from celery_outbox.relay.publishers import Publisher
+from celery_outbox.relay.publishers.base import Meanwhile, nothing
 
 __all__ = ["Faults", "Killed"]
 
@@ -41,11 +42,11 @@ class Faults:
 
     def return_message(self, tasks: str = "*") -> Any:
         """The broker returns the messages: no queue is bound where they go."""
-        return self._refusing("unroutable, the broker returned it", tasks)
+        return self._refusing(Refused("unroutable, the broker returned it"), tasks)
 
     def refuse(self, tasks: str = "*") -> Any:
         """The broker refuses the messages, as a full queue does."""
-        return self._refusing("the broker refused the message (nack: queue full?)", tasks)
+        return self._refusing(Stalled("the broker refused it (nack: is the queue full?)"), tasks)
 
     @contextmanager
     def broker_away(self) -> Iterator[None]:
@@ -87,9 +88,9 @@ class Faults:
             else f"the kill at {at!r} was swallowed on its way"
         )
 
-    def _refusing(self, error: str, tasks: str) -> Any:
+    def _refusing(self, outcome: Outcome, tasks: str) -> Any:
         def publish(_: Publisher, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
-            return {number: Refused(error) for number, _ in batch}
+            return {number: outcome for number, _ in batch}
 
         return self._publishing(publish, tasks)
 
@@ -121,11 +122,16 @@ class _Faulty:
         self._fault = fault
         self._tasks = tasks
 
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+    def publish(
+        self, batch: Sequence[tuple[int, Envelope]], _meanwhile: Meanwhile = nothing
+    ) -> dict[int, Outcome]:
         struck = [entry for entry in batch if fnmatchcase(entry[1].task, self._tasks)]
         spared = [entry for entry in batch if not fnmatchcase(entry[1].task, self._tasks)]
         answers = self._real.publish(spared) if spared else {}
         return {**answers, **(self._fault(self._real, struck) if struck else {})}
+
+    def late(self) -> dict[int, Outcome]:
+        return self._real.late()
 
     def open(self) -> None:
         self._real.open()
@@ -136,6 +142,9 @@ class _Faulty:
 
 class _Away:
     """The publisher of a broker that is away."""
+
+    def late(self) -> dict[int, Outcome]:
+        return {}
 
     def open(self) -> None:
         raise ConnectionRefusedError("the broker is away, says the test")

@@ -334,12 +334,15 @@ def test_released_rows_are_not_charged(store: Store) -> None:
     assert ids(claim(store)) == ["1", "2"]
 
 
-def test_released_rows_may_have_to_wait(store: Store) -> None:
+def test_postponed_rows_wait_and_are_not_charged(store: Store) -> None:
+    """P7: their destination was at fault."""
     stage(store, "m")
     batch = claim(store)
-    settlement = Settlement(released=numbers(batch), release_after_seconds=30)
+    settlement = Settlement(postponed={numbers(batch)[0]: (30.0, "queue full")})
     assert store.settle(batch, settlement) == 0
-    assert 20 < seconds_from_now(store, stored(store)[0]) <= 31
+    (row,) = stored(store)
+    assert (row["lease_token"], row["attempts"], row["last_error"]) == (None, 0, "queue full")
+    assert 20 < seconds_from_now(store, row) <= 31
 
 
 def test_dead_rows_move_with_everything_that_they_hold(store: Store) -> None:
@@ -362,21 +365,28 @@ def test_dead_rows_move_with_everything_that_they_hold(store: Store) -> None:
 
 
 def test_one_settlement_holds_every_outcome(store: Store) -> None:
-    stage(store, *"12345")
+    stage(store, *"123456")
     batch = claim(store)
-    a, b, c, d, e = numbers(batch)
+    a, b, c, d, e, f = numbers(batch)
     settlement = Settlement(
-        confirmed=[a], kept={b: 9.0}, retried={c: (9.0, "x")}, released=[d], dead={e: "y"}
+        confirmed=[a],
+        kept={b: 9.0},
+        retried={c: (9.0, "x")},
+        released=[d],
+        dead={e: "y"},
+        postponed={f: (9.0, "z")},
     )
     assert store.settle(batch, settlement) == 0
-    assert [row["id"] for row in stored(store)] == [b, c, d]
+    assert [row["id"] for row in stored(store)] == [b, c, d, f]
     assert [row["id"] for row in dead(store)] == [e]
 
 
-def test_rows_that_the_settlement_leaves_out_count_as_lost(store: Store) -> None:
+def test_rows_that_the_settlement_leaves_out_stay_under_their_lease(store: Store) -> None:
     stage(store, "1", "2")
     batch = claim(store)
-    assert store.settle(batch, Settlement(confirmed=numbers(batch)[:1])) == 1
+    assert store.settle(batch, Settlement(confirmed=numbers(batch)[:1])) == 0
+    assert [row["lease_token"] for row in stored(store)] == [batch.token]
+    assert store.settle(batch, Settlement(confirmed=numbers(batch)[1:])) == 0
 
 
 def settlements(rows: Iterable[int]) -> dict[str, Settlement]:
@@ -386,6 +396,7 @@ def settlements(rows: Iterable[int]) -> dict[str, Settlement]:
         "kept": Settlement(kept=dict.fromkeys(found, 9.0)),
         "retried": Settlement(retried=dict.fromkeys(found, (9.0, "late"))),
         "released": Settlement(released=found),
+        "postponed": Settlement(postponed=dict.fromkeys(found, (9.0, "late"))),
         "dead": Settlement(dead=dict.fromkeys(found, "late")),
     }
 

@@ -37,15 +37,15 @@ if site.setup.broker.startswith("sqla+"):
     # An option of every other transport without events, but not of this one.
     import_module("kombu.transport.sqlalchemy").Transport.polling_interval = 0.05
 
-_message = Publisher._message
+_declare = Publisher._declare
 
 
-def _message_that_passes_by(channel: Any, envelope: Envelope) -> Any:
+def _pass_by_and_declare(publisher: Publisher, channel: Any, envelope: Envelope) -> None:
     site.points.pass_by("publishing", envelope.key)
-    return _message(channel, envelope)
+    _declare(publisher, channel, envelope)
 
 
-Publisher._message = staticmethod(_message_that_passes_by)  # type: ignore[method-assign]
+Publisher._declare = _pass_by_and_declare  # type: ignore[method-assign,assignment]
 
 
 def _tell(signal: Signal) -> None:

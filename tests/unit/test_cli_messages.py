@@ -133,8 +133,7 @@ def test_show_says_why_a_message_is_where_it_is(shop: Shop, state: str, reason: 
     ("settlement", "reason"),
     [
         ("retried", "the broker did not take it; again in 50 s: queue full"),
-        ("released", "the broker was away; again in 50 s"),
-        ("unreadable", "the broker did not take it; again in 50 s: format 99"),
+        ("postponed", "the broker did not take it; again in 50 s: format 99"),
         ("nothing", "its relay did not end the batch; the lease has been over for"),
     ],
 )
@@ -148,11 +147,8 @@ def test_show_says_why_a_tried_message_waits(
     match settlement:
         case "retried":
             store.settle(batch, Settlement(retried={number: (50.4, "queue full")}))
-        case "released":
-            store.settle(batch, Settlement(released=[number], release_after_seconds=50.4))
-        case "unreadable":
-            unreadable = {number: "format 99"}
-            store.settle(batch, Settlement(unreadable=unreadable, unreadable_after_seconds=50.4))
+        case "postponed":
+            store.settle(batch, Settlement(postponed={number: (50.4, "format 99")}))
     (message,) = answer(sqlite_shop, "show", task_id)["messages"]
     assert reason in message["why"]
 

@@ -9,6 +9,7 @@ from celery_outbox.envelope import Envelope
 from celery_outbox.relay.loop import Relay
 from celery_outbox.relay.outcome import Confirmed, Outcome
 from celery_outbox.relay.publishers import Publisher
+from celery_outbox.relay.publishers.base import Meanwhile, nothing
 from tests.unit.conftest import MakeShop
 
 
@@ -22,7 +23,9 @@ class Surprising(Publisher):
 
     def open(self) -> None: ...
 
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+    def publish(
+        self, batch: Sequence[tuple[int, Envelope]], meanwhile: Meanwhile = nothing
+    ) -> dict[int, Outcome]:
         self._calls += 1
         if self._calls == 1:
             raise ZeroDivisionError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from kombu import Connection
 
@@ -12,7 +12,15 @@ from celery_outbox.declaration import thaw
 from celery_outbox.envelope import Envelope
 from celery_outbox.relay.outcome import Outcome
 
-__all__ = ["Publisher", "said"]
+__all__ = ["Meanwhile", "Publisher", "nothing", "said"]
+
+#: What the caller has to do while the broker works; whether to go on.
+Meanwhile: TypeAlias = Callable[[], bool]
+
+
+def nothing() -> bool:
+    """There is nothing to do meanwhile."""
+    return True
 
 
 class Publisher(ABC):
@@ -28,11 +36,18 @@ class Publisher(ABC):
         self._declared_for: dict[tuple[str, str], Sequence[Mapping[str, Any]]] = {}
 
     @abstractmethod
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+    def publish(
+        self, batch: Sequence[tuple[int, Envelope]], meanwhile: Meanwhile = nothing
+    ) -> dict[int, Outcome]:
         """Publish the envelopes, each under a number of the caller's, and return what became of each.
 
-        Never raises for what the broker says, or for its absence.
+        Never raises for what the broker says, or for its absence. Calls `meanwhile` now and then:
+        between messages that go one by one, and while the broker works; at False it sends no more.
         """
+
+    def late(self) -> dict[int, Outcome]:
+        """Return what became of messages of which `publish` said that they were under way."""
+        return {}
 
     def open(self) -> None:
         """Connect if need be. Raises what the transport raises when the broker is away."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from amqp.exceptions import FrameSyntaxError
+from amqp.exceptions import FrameSyntaxError, RecoverableConnectionError
+from kombu import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
 
 from celery_outbox.envelope import Envelope
-from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
-from celery_outbox.relay.publishers.base import Publisher, said
+from celery_outbox.relay.outcome import Outcome, Refused, Undecided, UnderWay, Unknown
+from celery_outbox.relay.publishers.base import Meanwhile, Publisher, nothing, said
+from celery_outbox.relay.publishers.confirms import Confirms, verdict
 from celery_outbox.relay.publishers.frames import frames
 
 __all__ = ["ConfirmingPublisher"]
@@ -27,22 +29,42 @@ _PROBE = "celery-outbox-probe"
 #: How long one probe may be under way, and how long a call waits for it.
 _PROBE_SECONDS = 60.0
 _LISTEN_SECONDS = 1.0
+#: How long the broker may be silent about some messages after it has answered for others.
+_PATIENCE_SECONDS = 1.0
 #: How many bytes are written at a time.
-_PIECE = 64 * 1024
+_PIECE = 16 * 1024
+
+_Batch = Sequence[tuple[int, Envelope]]
 
 
 class ConfirmingPublisher(Publisher):
     """RabbitMQ: publisher confirms, all of a batch in flight at once.
 
-    Each message has its delivery tag; an ack or nack settles its tag, or with ``multiple`` all lower
-    ones. A message that came back (``mandatory``) is acked after it was returned. After any error of
-    the channel the channel is thrown away, for a late ack would be taken for another message's; the
-    broker does not say which message it closed the channel for, so what is left goes one by one.
+    After any error of the channel the channel is thrown away, for a late ack would be taken for
+    another message's; the broker does not say which message it closed the channel for, so what is
+    left goes one by one.
+
+    A queue that confirms late, or never, must not hold up the others: what the broker is silent about
+    when it has answered for the rest stays under way, and `late` tells of it.
 
     A broker that is short of memory or disk takes connections, and then reads nothing from those that
     publish; what was written to them arrives when it has recovered. So after a silence it must first
     confirm a probe, and until it does no batch is written to it again.
     """
+
+    def __init__(self, connect: Callable[[], Connection], confirm_timeout: float) -> None:
+        super().__init__(connect, confirm_timeout)
+        self._confirms: Confirms | None = None
+        #: The numbers of the messages that were left under way, and what became of some.
+        self._under_way: set[int] = set()
+        self._late: dict[int, Outcome] = {}
+        #: How often in a row the connection was lost in the middle of a batch.
+        self._losses = 0
+        #: Whether the broker let the confirm timeout pass, and has not answered since.
+        self._silent = False
+        #: The channel on which a probe is under way, and until when.
+        self._probed: Any = None
+        self._probe_ends = 0.0
 
     def open(self) -> None:
         """Connect if need be. Raises what the transport raises when the broker is away, or silent."""
@@ -50,7 +72,7 @@ class ConfirmingPublisher(Publisher):
         if self._silent:
             self._await_probe()
 
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+    def publish(self, batch: _Batch, meanwhile: Meanwhile = nothing) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
         try:
             self._confirming_channel()
@@ -58,50 +80,190 @@ class ConfirmingPublisher(Publisher):
             self._give_up(batch, outcomes, exc)
             return outcomes
         if self._losses >= _SUSPICIOUS:
-            self._one_by_one(batch, outcomes)
+            self._one_by_one(batch, outcomes, meanwhile)
             return outcomes
         try:
-            self._exchange_with(batch, outcomes)
+            self._exchange_with(batch, outcomes, meanwhile)
             self._losses = 0
         except _CLOSED as exc:
             self._drop_channel()
             if len(left := [entry for entry in batch if entry[0] not in outcomes]) == 1:
-                outcomes[left[0][0]] = Refused(said(exc))
+                outcomes[left[0][0]] = verdict(exc)
             else:
-                self._one_by_one(left, outcomes)
+                self._one_by_one(left, outcomes, meanwhile)
         except _AWAY as exc:
             self._count_loss(exc)
             self._give_up(batch, outcomes, exc)
         return outcomes
 
+    def late(self) -> dict[int, Outcome]:
+        if self._under_way and self._channel is not None:
+            try:
+                with suppress(TimeoutError):
+                    while self._under_way & self._confirms_of(self._channel).open:
+                        self._channel.connection.drain_events(timeout=0.001)
+            except _CLOSED:
+                self._drop_channel()
+            except _AWAY as exc:
+                self._lose(said(exc))
+            else:
+                self._confirms_of(self._channel).expire(self._confirm_timeout)
+                self._take_late(self._confirms_of(self._channel))
+        late, self._late = self._late, {}
+        return late
+
     def _one_by_one(
-        self, batch: Sequence[tuple[int, Envelope]], outcomes: dict[int, Outcome]
+        self, batch: _Batch, outcomes: dict[int, Outcome], meanwhile: Meanwhile
     ) -> None:
         """Find out for which message the broker closes the channel, or the connection."""
         for entry in batch:
+            if not meanwhile():
+                outcomes[entry[0]] = Unknown()
+                continue
             try:
                 self._confirming_channel()
             except _AWAY as exc:
                 self._give_up(batch, outcomes, exc)
                 return
             try:
-                self._exchange_with([entry], outcomes)
+                self._exchange_with([entry], outcomes, meanwhile)
             except _CLOSED as exc:
                 self._drop_channel()
-                outcomes[entry[0]] = Refused(said(exc))
+                outcomes[entry[0]] = verdict(exc)
             except _AWAY as exc:
                 if self._losses < _SUSPICIOUS or isinstance(exc, TimeoutError):
                     self._count_loss(exc)
                     self._give_up(batch, outcomes, exc)
                     return
-                self.close()
+                self._lose(said(exc))
                 outcomes[entry[0]] = Refused(f"the broker ended the connection for it: {said(exc)}")
         self._losses = 0
+
+    def _exchange_with(
+        self, batch: _Batch, outcomes: dict[int, Outcome], meanwhile: Meanwhile
+    ) -> None:
+        """Publish all, then wait until the broker has answered for all, or is silent about some.
+
+        What it has answered stands in `outcomes`, also when this raises.
+        """
+        channel = self._confirming_channel()
+        confirms = self._confirms_of(channel)
+        numbers = [number for number, _ in batch]
+        try:
+            self._write(channel, batch, confirms)
+            meanwhile()
+            self._await(channel, confirms, set(numbers), meanwhile)
+        finally:
+            for number in numbers:
+                if (outcome := confirms.take(number)) is not None:
+                    outcomes[number] = outcome
+        for number in numbers:
+            if number not in outcomes:
+                outcomes[number] = UnderWay()
+                self._under_way.add(number)
+
+    def _write(self, channel: Any, batch: _Batch, confirms: Confirms) -> None:
+        """Write the whole batch, in a few pieces."""
+        connection = channel.connection
+        if connection is None or connection.transport is None:
+            raise RecoverableConnectionError("the connection was closed")
+        pending: list[bytes] = []
+        size = 0
+        for number, envelope in batch:
+            try:
+                self._declare(channel, envelope)
+                data = frames(envelope, channel=channel.channel_id, frame_max=connection.frame_max)
+            except Exception as exc:
+                if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
+                    raise
+                # AMQP can't say this argument of a queue, this header or this property. Nothing was
+                # written, so the broker has not counted the message either.
+                confirms.outcomes[number] = Refused(said(exc))
+                continue
+            confirms.sent(number, envelope)
+            pending.append(data)
+            size += len(data)
+            if size >= _PIECE:
+                connection.transport.write(b"".join(pending))
+                pending, size = [], 0
+        if pending:
+            connection.transport.write(b"".join(pending))
+
+    def _await(
+        self, channel: Any, confirms: Confirms, numbers: set[int], meanwhile: Meanwhile
+    ) -> None:
+        """Wait until the broker has answered for all, or for some and for no other for a while."""
+        written_at = time.monotonic()
+        while not numbers.isdisjoint(confirms.open):
+            now = time.monotonic()
+            if confirms.answered_at > written_at:
+                # It lives, and may take its time with the rest.
+                ends = confirms.answered_at + _PATIENCE_SECONDS
+                if now >= ends:
+                    return
+            else:
+                ends = written_at + self._confirm_timeout
+                if now >= ends:
+                    left = len(numbers & confirms.open)
+                    raise TimeoutError(f"{left} messages were not confirmed in time")
+            with suppress(TimeoutError):
+                channel.connection.drain_events(timeout=min(ends - now, _LISTEN_SECONDS))
+            meanwhile()
+
+    def _take_late(self, confirms: Confirms) -> None:
+        for number in tuple(self._under_way):
+            if (outcome := confirms.take(number)) is not None:
+                self._under_way.discard(number)
+                self._late[number] = outcome
+
+    # The connection
+
+    def _confirming_channel(self) -> Any:
+        if self._channel is None:
+            channel = self._open_channel()
+            channel.confirm_select()
+            self._confirms = Confirms(channel)
+        return self._channel
+
+    def _confirms_of(self, channel: Any) -> Confirms:
+        assert channel is not None
+        assert self._confirms is not None
+        return self._confirms
+
+    def close(self) -> None:
+        """Drop the connection. Safe when there is none, or a broken one."""
+        self._forget_channel(Undecided("the connection was closed"))
+        super().close()
+
+    def _lose(self, error: str) -> None:
+        """Drop the connection, which broke: so it is not known what became of what is under way."""
+        self._forget_channel(Undecided(error))
+        super().close()
+
+    def _drop_channel(self) -> None:
+        """Drop the channel, which the broker has closed for some message."""
+        self._channel = None
+        self._forget_declarations()
+        self._forget_channel(Unknown())
+
+    def _forget_channel(self, outcome: Outcome) -> None:
+        confirms, self._confirms, self._probed = self._confirms, None, None
+        if confirms is not None:
+            self._take_late(confirms)
+        self._late |= dict.fromkeys(self._under_way, outcome)
+        self._under_way.clear()
+
+    def _give_up(self, batch: _Batch, outcomes: dict[int, Outcome], error: BaseException) -> None:
+        self._lose(said(error))
+        for number, _ in batch:
+            outcomes.setdefault(number, Undecided(said(error)))
 
     def _count_loss(self, error: BaseException) -> None:
         # Silence says nothing about a message, an end of the connection may.
         self._silent = isinstance(error, TimeoutError)
         self._losses += not self._silent
+
+    # The probe
 
     def _await_probe(self) -> None:
         """Return when the broker has confirmed a message that leads nowhere; raise while it has not.
@@ -129,7 +291,7 @@ class ConfirmingPublisher(Publisher):
     def _probe(self, channel: Any) -> None:
         for name in ("basic_ack", "basic_nack"):
             channel.events[name].add(self._hear)
-        self._tag += 1
+        self._confirms_of(channel).skip_tag()
         channel._basic_publish(channel.prepare_message(b"probe"), routing_key=_PROBE)
         self._probed = channel
         self._probe_ends = time.monotonic() + _PROBE_SECONDS
@@ -146,139 +308,6 @@ class ConfirmingPublisher(Publisher):
 
     def _hear(self, _tag: int, _multiple: bool) -> None:
         self._silent = False
-
-    def close(self) -> None:
-        """Drop the connection. Safe when there is none, or a broken one."""
-        self._probed = None
-        super().close()
-
-    def _drop_channel(self) -> None:
-        self._channel = self._probed = None
-        self._forget_declarations()
-
-    def _give_up(
-        self,
-        batch: Sequence[tuple[int, Envelope]],
-        outcomes: dict[int, Outcome],
-        error: BaseException,
-    ) -> None:
-        self.close()
-        for number, _ in batch:
-            outcomes.setdefault(number, Undecided(said(error)))
-
-    def _exchange_with(
-        self, batch: Sequence[tuple[int, Envelope]], outcomes: dict[int, Outcome]
-    ) -> None:
-        """Publish all, then wait until the broker has answered for all.
-
-        What it has answered stands in `outcomes`, also when this raises.
-        """
-        channel = self._confirming_channel()
-        confirms = _Confirms(outcomes)
-        listeners = {
-            "basic_ack": confirms.acked,
-            "basic_nack": confirms.nacked,
-            "basic_return": confirms.returned,
-        }
-        for name, listener in listeners.items():
-            channel.events[name].add(listener)
-        try:
-            self._write(channel, batch, confirms)
-            deadline = time.monotonic() + self._confirm_timeout
-            while confirms.pending:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(
-                        f"{len(confirms.pending)} messages were not confirmed in time"
-                    )
-                with suppress(TimeoutError):
-                    channel.connection.drain_events(timeout=left)
-        finally:
-            for name, listener in listeners.items():
-                channel.events[name].discard(listener)
-
-    def _write(
-        self, channel: Any, batch: Sequence[tuple[int, Envelope]], confirms: _Confirms
-    ) -> None:
-        """Write the whole batch, in a few pieces."""
-        connection = channel.connection
-        pending: list[bytes] = []
-        size = 0
-        for number, envelope in batch:
-            try:
-                self._declare(channel, envelope)
-                data = frames(envelope, channel=channel.channel_id, frame_max=connection.frame_max)
-            except Exception as exc:
-                if isinstance(exc, (*_AWAY, *_CLOSED)) and not _is_our_own(exc):
-                    raise
-                # AMQP can't say this argument of a queue, this header or this property. Nothing was
-                # written, so the broker has not counted the message either.
-                confirms.outcomes[number] = Refused(said(exc))
-                continue
-            self._tag += 1
-            confirms.pending[self._tag] = (number, envelope)
-            pending.append(data)
-            size += len(data)
-            if size >= _PIECE:
-                connection.transport.write(b"".join(pending))
-                pending, size = [], 0
-        if pending:
-            connection.transport.write(b"".join(pending))
-
-    def _confirming_channel(self) -> Any:
-        if self._channel is None:
-            channel = self._open_channel()
-            channel.confirm_select()
-            self._tag = 0
-        return self._channel
-
-    _tag = 0
-    #: Whether the broker let the confirm timeout pass, and has not answered since.
-    _silent = False
-    #: The channel on which a probe is under way, and until when.
-    _probed: Any = None
-    _probe_ends = 0.0
-    #: How often in a row the connection was lost in the middle of a batch.
-    _losses = 0
-
-
-class _Confirms:
-    """The delivery tags of one batch, and what the broker answered for them."""
-
-    def __init__(self, outcomes: dict[int, Outcome]) -> None:
-        self.outcomes = outcomes
-        #: Delivery tag → the message that was published with it.
-        self.pending: dict[int, tuple[int, Envelope]] = {}
-
-    def acked(self, tag: int, multiple: bool) -> None:
-        for number in self._settle(tag, multiple):
-            # A returned message has its outcome already.
-            self.outcomes.setdefault(number, Confirmed())
-
-    def nacked(self, tag: int, multiple: bool) -> None:
-        for number in self._settle(tag, multiple):
-            self.outcomes[number] = Refused("the broker refused the message (nack: queue full?)")
-
-    def returned(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
-        # It names no tag. Messages of one address and one id share their fate, so the first will do.
-        correlation_id = message.properties.get("correlation_id")
-        for number, envelope in self.pending.values():
-            if (
-                number not in self.outcomes
-                and envelope.exchange == exchange
-                and envelope.routing_key == routing_key
-                and envelope.properties.get("correlation_id") == correlation_id
-            ):
-                self.outcomes[number] = Refused(
-                    f"unroutable, the broker returned it: {said(error)} (exchange {exchange!r}, "
-                    f"routing key {routing_key!r})"
-                )
-                return
-
-    def _settle(self, tag: int, multiple: bool) -> list[int]:
-        tags = [known for known in self.pending if known <= tag] if multiple else [tag]
-        settled = [self.pending.pop(known, None) for known in tags]
-        return [entry[0] for entry in settled if entry is not None]
 
 
 def _is_our_own(error: Exception) -> bool:

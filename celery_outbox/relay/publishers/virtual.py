@@ -8,8 +8,8 @@ from typing import Any
 from kombu import Connection
 
 from celery_outbox.envelope import Envelope
-from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
-from celery_outbox.relay.publishers.base import Publisher, said
+from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided, Unknown
+from celery_outbox.relay.publishers.base import Meanwhile, Publisher, nothing, said
 
 __all__ = ["VirtualPublisher"]
 
@@ -30,10 +30,15 @@ class VirtualPublisher(Publisher):
         #: The messages with which the connection was lost.
         self._suspects: set[int] = set()
 
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+    def publish(
+        self, batch: Sequence[tuple[int, Envelope]], meanwhile: Meanwhile = nothing
+    ) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
         passed_over: dict[int, str] = {}
         for number, envelope in batch:
+            if not meanwhile():
+                outcomes[number] = Unknown()
+                continue
             try:
                 self.open()
             except Exception as exc:

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Executable,
+    Insert,
     Row,
     Select,
     Table,
@@ -22,6 +23,8 @@ from sqlalchemy import (
     union_all,
     update,
 )
+
+from celery_outbox.storage.notifications import Listener
 
 __all__ = ["CLAIMED", "RECEIVED", "Dialect", "lock_of"]
 
@@ -126,6 +129,17 @@ class Dialect:
         Only then is the order of their ids that of their commits. Nothing to do where there is but
         one writer.
         """
+
+    def notifying(self, stage: Insert, channel: str) -> Executable:
+        """Return `stage`, so that its commit tells those who listen to `channel`, if there is a way."""
+        return stage
+
+    def notify(self, connection: Connection, channel: str) -> None:
+        """Tell those who listen to `channel`, at the commit."""
+
+    def listen(self, engine: Engine, channel: str) -> Listener | None:
+        """Listen to `channel` on a connection of its own; None where nobody would tell."""
+        return None
 
     def receive(self, inbox: Table) -> Executable:
         """The statement that inserts an inbox row, or inserts nothing and returns nothing.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +12,9 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    Engine,
     Executable,
+    Insert,
     Table,
     any_,
     bindparam,
@@ -19,8 +22,10 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import OperationalError
 
 from celery_outbox.storage.dialects.base import RECEIVED, Dialect, lock_of
+from celery_outbox.storage.notifications import Listener
 from celery_outbox.storage.tables import UTCDateTime
 
 __all__ = ["PostgreSQL"]
@@ -52,6 +57,16 @@ class PostgreSQL(Dialect):
         lock = func.unnest(bindparam("locks", locks, type_=ARRAY(BigInteger))).column_valued("lock")
         connection.execute(select(func.pg_advisory_xact_lock(lock)))
 
+    def notifying(self, stage: Insert, channel: str) -> Executable:
+        # For each row; of equal ones in a transaction the database sends one, at its commit.
+        return stage.returning(func.pg_notify(channel, ""))
+
+    def notify(self, connection: Connection, channel: str) -> None:
+        connection.execute(select(func.pg_notify(channel, "")))
+
+    def listen(self, engine: Engine, channel: str) -> Listener | None:
+        return None if engine.dialect.driver != "psycopg" else _Listener(engine, channel)
+
     def receive(self, inbox: Table) -> Executable:
         # ON CONFLICT alone would wait for a concurrent first execution to end, and hold a worker's
         # slot as long; the advisory lock ends with the transaction that took it, and never waits.
@@ -71,3 +86,40 @@ class PostgreSQL(Dialect):
         # libpq knows from the database's last answer.
         driver: Any = connection.connection.dbapi_connection
         return connection.dialect.driver == "psycopg" and driver.info.transaction_status == _OPEN
+
+
+class _Listener:
+    """A psycopg connection that LISTENs; it is not the pool's any more."""
+
+    def __init__(self, engine: Engine, channel: str) -> None:
+        self._errors: Any = engine.dialect.loaded_dbapi.Error
+        # The pool would count it among those that are in use.
+        fairy = engine.raw_connection()
+        driver: Any = fairy.driver_connection
+        fairy.detach()
+        self._driver = driver
+        with self._as_sqlalchemys():
+            self._driver.autocommit = True
+            self._driver.execute(f"LISTEN {engine.dialect.identifier_preparer.quote(channel)}")
+
+    def fileno(self) -> int:
+        number: int = self._driver.fileno()
+        return number
+
+    def heard(self) -> bool:
+        heard = False
+        with self._as_sqlalchemys():
+            self._driver.pgconn.consume_input()
+            while self._driver.pgconn.notifies() is not None:
+                heard = True
+        return heard
+
+    def close(self) -> None:
+        self._driver.close()
+
+    @contextmanager
+    def _as_sqlalchemys(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as exc:
+            raise OperationalError("LISTEN", None, exc) from exc
