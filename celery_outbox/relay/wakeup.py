@@ -90,8 +90,10 @@ class WakeUp:
             self._heard()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and waiting."""
         self._stop_listening()
+        for end in (self._inside, self._outside):
+            end.close()
 
     def _prove(self) -> None:
         """Find out whether notifications arrive, if it is time to."""

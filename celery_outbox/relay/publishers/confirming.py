@@ -62,6 +62,7 @@ class ConfirmingPublisher(Publisher):
         self._losses = 0
         #: Whether the broker let the confirm timeout pass, and has not answered since.
         self._silent = False
+        self._may_probe = True
         #: The channel on which a probe is under way, and until when.
         self._probed: Any = None
         self._probe_ends = 0.0
@@ -194,6 +195,7 @@ class ConfirmingPublisher(Publisher):
     ) -> None:
         """Wait until the broker has answered for all, or for some and for no other for a while."""
         written_at = time.monotonic()
+        has_asked = False
         while not numbers.isdisjoint(confirms.open):
             now = time.monotonic()
             if confirms.answered_at > written_at:
@@ -206,8 +208,17 @@ class ConfirmingPublisher(Publisher):
                 if now >= ends:
                     left = len(numbers & confirms.open)
                     raise TimeoutError(f"{left} messages were not confirmed in time")
-            with suppress(TimeoutError):
-                channel.connection.drain_events(timeout=min(ends - now, _LISTEN_SECONDS))
+                if not has_asked and self._may_probe and now >= written_at + _PATIENCE_SECONDS:
+                    # Is it the broker that is silent, or the one queue that all of these are for?
+                    has_asked = True
+                    self._send_probe(channel)
+            try:
+                with suppress(TimeoutError):
+                    channel.connection.drain_events(timeout=min(ends - now, _LISTEN_SECONDS))
+            except _CLOSED:
+                # For the probe, perhaps: who may not publish it must not lose each batch to it.
+                self._may_probe = not has_asked
+                raise
             meanwhile()
 
     def _take_late(self, confirms: Confirms) -> None:
@@ -291,10 +302,14 @@ class ConfirmingPublisher(Publisher):
     def _probe(self, channel: Any) -> None:
         for name in ("basic_ack", "basic_nack"):
             channel.events[name].add(self._hear)
-        self._confirms_of(channel).skip_tag()
-        channel._basic_publish(channel.prepare_message(b"probe"), routing_key=_PROBE)
+        self._send_probe(channel)
         self._probed = channel
         self._probe_ends = time.monotonic() + _PROBE_SECONDS
+
+    def _send_probe(self, channel: Any) -> None:
+        """Publish what the broker confirms at once, for it leads nowhere."""
+        self._confirms_of(channel).skip_tag()
+        channel._basic_publish(channel.prepare_message(b"probe"), routing_key=_PROBE)
 
     def _listen(self, channel: Any) -> None:
         deadline = time.monotonic() + min(_LISTEN_SECONDS, self._confirm_timeout)
