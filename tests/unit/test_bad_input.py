@@ -82,6 +82,7 @@ WRONG: dict[str, list[Any]] = {
     "keep_until_handled": ["yes", 1, "false"],
     "bypass": ["shout", True],
     "hold_scheduled": ["yes", 1, "false"],
+    "notify": ["yes", 1, "false"],
     "relay_in_worker": ["yes", 1, "false"],
     "trust_broker": ["yes", 1, "false"],
 }

@@ -5,6 +5,7 @@ Only the socket is left out: kombu's and py-amqp's own code makes every frame.
 """
 
 import itertools
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 import kombu.transport
 from amqp import spec
 from amqp.basic_message import Message
+from amqp.serialization import loads
 from kombu.transport import pyamqp
 
 kombu.transport.TRANSPORT_ALIASES["recording"] = f"{__name__}:Transport"
@@ -120,19 +122,45 @@ def _published(args: tuple[Any, ...], content: Message) -> Published:
     body = content.body
     if isinstance(body, str):
         body = body.encode(content.properties.setdefault("content_encoding", "utf-8"))
-    properties = dict(content.properties)
     expiration = content.properties.pop("expiration", None)
     frame = content._serialize_properties()
-    properties.pop("expiration", None)
+    received = Message()
+    received._load_properties(spec.Basic.CLASS_ID, frame, 0)
     return Published(
-        exchange, routing_key, bool(mandatory), frame, properties, bytes(body), expiration
+        exchange, routing_key, bool(mandatory), frame, received.properties, bytes(body), expiration
     )
 
 
 class _Socket:
+    """Reads the frames that a publisher writes by itself."""
+
+    def __init__(self, connection: "Connection") -> None:
+        self._connection = connection
+
     @contextmanager
     def having_timeout(self, timeout: float | None) -> Iterator[None]:
         yield
+
+    def write(self, data: bytes) -> None:
+        """Hand whole messages to their channel, as their frames come in."""
+        while data:
+            kind, number, size = struct.unpack_from(">BHI", data)
+            frame, end, data = data[7 : 7 + size], data[7 + size], data[8 + size :]
+            assert end == 0xCE
+            if kind == 1:
+                assert struct.unpack_from(">HH", frame) == spec.Basic.Publish
+                args, _ = loads("Bssbb", frame, 4)
+                content = Message()
+            elif kind == 2:
+                _, _, left = struct.unpack_from(">HHQ", frame)
+                content._load_properties(spec.Basic.CLASS_ID, frame, 12)
+                content.body = b""
+            else:
+                content.body += frame
+                left -= len(frame)
+            if kind != 1 and not left:
+                channel = self._connection.channels[number]
+                channel.send_method(spec.Basic.Publish, None, args, content)
 
 
 class Connection:
@@ -140,6 +168,7 @@ class Connection:
 
     confirm_publish = False
     connected = True
+    frame_max = 131072
 
     def __init__(self, client: Any) -> None:
         self.client: Any = client
@@ -147,7 +176,7 @@ class Connection:
         self.broker.connections.append(self)
         self.channels: dict[int, Any] = {}
         self.client_properties: dict[str, Any] = {}
-        self.transport = _Socket()
+        self.transport = _Socket(self)
         self.unconfirmed: list[tuple[Channel, int]] = []
         self._ids = itertools.count(1)
 
