@@ -1,0 +1,1 @@
+"""Azure Service Bus: the stand-in itself, and what speaks to it."""

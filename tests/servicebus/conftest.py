@@ -1,0 +1,32 @@
+"""An emulator in this process, which the SDK reaches without TLS, and the admin client with it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from azure.servicebus import ServiceBusClient
+
+from tests.support.servicebus import Emulator, Trust
+
+
+@pytest.fixture(autouse=True)
+def quiet_sdk() -> None:
+    """Its loggers tell every state of every link."""
+    logging.getLogger("azure").setLevel(logging.CRITICAL)
+
+
+@pytest.fixture
+def emulator(tmp_path: Path) -> Iterator[Emulator]:
+    """An empty namespace."""
+    with Emulator(folder=tmp_path) as emulator:
+        Trust.add(emulator.certificate)
+        yield emulator
+
+
+@pytest.fixture
+def client(emulator: Emulator) -> Iterator[ServiceBusClient]:
+    """The SDK, which tries everything once."""
+    string = emulator.connection_string
+    with ServiceBusClient.from_connection_string(string, retry_total=0) as client:
+        yield client
