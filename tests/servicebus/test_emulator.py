@@ -66,7 +66,7 @@ def test_what_is_encoded_can_be_read_and_skipped(value: Any) -> None:
 
 def test_queues_are_administered(emulator: Emulator) -> None:
     admin = ServiceBusAdministrationClient.from_connection_string(emulator.connection_string)
-    made = admin.create_queue(
+    made: Any = admin.create_queue(
         "one", lock_duration="PT30S", requires_duplicate_detection=True, max_delivery_count=3
     )
     assert made.name == "one"
@@ -100,7 +100,7 @@ def test_a_message_is_locked_until_it_is_settled(
         receiver.complete_message(done)
         receiver.abandon_message(given_back)
         receiver.dead_letter_message(bad, reason="r", error_description="d")
-        before = slow.locked_until_utc
+        before: Any = slow.locked_until_utc
         time.sleep(0.2)
         assert receiver.renew_message_lock(slow) > before
         time.sleep(2.3)

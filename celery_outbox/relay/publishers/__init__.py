@@ -13,7 +13,13 @@ from celery_outbox.relay.publishers.base import Publisher
 from celery_outbox.relay.publishers.confirming import ConfirmingPublisher
 from celery_outbox.relay.publishers.virtual import VirtualPublisher
 
-__all__ = ["ConfirmingPublisher", "Publisher", "VirtualPublisher", "publisher_for"]
+__all__ = [
+    "ConfirmingPublisher",
+    "Publisher",
+    "VirtualPublisher",
+    "is_servicebus",
+    "publisher_for",
+]
 
 #: kombu's transports of which it is known what a publish that returned means.
 _KNOWN = ("redis", "filesystem", "sql", "memory")
@@ -31,6 +37,8 @@ def publisher_for(
     if isinstance(connection.transport, pyamqp.Transport):
         return ConfirmingPublisher(connect, confirm_timeout)
     kind = connection.transport.driver_type
+    if is_servicebus(connection):
+        return _servicebus_publisher(connect, confirm_timeout)
     if isinstance(connection.transport, VirtualTransport) and (kind in _KNOWN or trust_broker):
         return VirtualPublisher(connect, confirm_timeout)
     raise ConfigurationError(
@@ -39,3 +47,16 @@ def publisher_for(
         "nothing could leave the outbox safely; use amqp:// (py-amqp) or redis://"
         + ("" if trust_broker else ", or insist with outbox_trust_broker = True")
     )
+
+
+def is_servicebus(connection: Connection) -> bool:
+    """Return whether a connection is one to Azure Service Bus; without importing its SDK."""
+    kinds = type(connection.transport).__mro__
+    return any(kind.__module__ == "kombu.transport.azureservicebus" for kind in kinds)
+
+
+def _servicebus_publisher(connect: Callable[[], Connection], confirm_timeout: float) -> Publisher:
+    # Here, for it needs the SDK.
+    from celery_outbox.relay.publishers.servicebus import ServiceBusPublisher
+
+    return ServiceBusPublisher(connect, confirm_timeout)

@@ -107,22 +107,13 @@ class Emulator:
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, client: socket.socket) -> None:
-        """Look at the first byte without taking it: TLS, AMQP or HTTP."""
-        client.setblocking(False)
         try:
-            readable = asyncio.Event()
-            self.loop.add_reader(client, readable.set)
-            try:
-                await readable.wait()
-            finally:
-                self.loop.remove_reader(client)
-            context = self._context if client.recv(1, socket.MSG_PEEK) == _TLS_HELLO else None
-            reader = asyncio.StreamReader(limit=2**21)
-            protocol = asyncio.StreamReaderProtocol(reader)
-            transport, _ = await self.loop.connect_accepted_socket(
-                lambda: protocol, client, ssl=context
-            )
-            writer = asyncio.StreamWriter(transport, protocol, reader, self.loop)
+            reader, writer = await self._take(client)
+        except OSError:
+            client.close()
+            return
+        # From here on the socket is asyncio's to close.
+        try:
             head = await reader.readexactly(8)
             if head.startswith(b"AMQP"):
                 await Connection(self, reader, writer).run(head)
@@ -131,7 +122,26 @@ class Emulator:
         except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
-            client.close()
+            writer.close()
+
+    async def _take(
+        self, client: socket.socket
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Look at the first byte without taking it: TLS, or AMQP or HTTP as it is."""
+        client.setblocking(False)
+        readable = asyncio.Event()
+        self.loop.add_reader(client, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            self.loop.remove_reader(client)
+        context = self._context if client.recv(1, socket.MSG_PEEK) == _TLS_HELLO else None
+        reader = asyncio.StreamReader(limit=2**21)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await self.loop.connect_accepted_socket(
+            lambda: protocol, client, ssl=context
+        )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, self.loop)
 
     async def _serve_http(
         self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
