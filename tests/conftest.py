@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
+from tests.support.servicebus import ServiceBus
 
 _redis_numbers = itertools.count()
 
@@ -46,6 +47,13 @@ def rabbitmq_server() -> Iterator[RabbitMQ]:
 def redis_server() -> Iterator[Redis]:
     """The shared Redis: don't kill it."""
     with Redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def servicebus_server() -> Iterator[ServiceBus]:
+    """The shared namespace of Azure Service Bus: don't pause it or end its connections."""
+    with ServiceBus() as server:
         yield server
 
 

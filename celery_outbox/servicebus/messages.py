@@ -70,7 +70,9 @@ class Routing:
         if isinstance(bound, Exchange):
             bound.declare()
         else:
-            bound._create_exchange()
+            if bound.exchange and bound.exchange.name:
+                bound.exchange.declare()
+                bound.queue_bind()
             bound._create_bindings()
         self._known.add(known)
 

@@ -34,6 +34,8 @@ def control(emulator: Emulator, target: str, content: bytes) -> tuple[int, str]:
             emulator.policies.keys[order["policy"]] = order["key"]
             if "rights" in order:
                 emulator.policies.rights[order["policy"]] = frozenset(order["rights"])
+        case "accept-tokens":
+            emulator.policies.accept_tokens = True
         case "close-connections":
             emulator.end_connections(order.get("condition"))
         case unknown:

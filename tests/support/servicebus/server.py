@@ -86,6 +86,23 @@ class ServiceBus:
         """Close all connections; without a condition: cut them."""
         self._order("close-connections", {"condition": condition})
 
+    def add_key(self, policy: str, key: str, *rights: str) -> str:
+        """Add a policy with a key; return the namespace's address with it, for kombu."""
+        self._order("key", {"policy": policy, "key": key, "rights": rights})
+        return self.url_of(f"{policy}:{key}")
+
+    def accept_tokens(self) -> None:
+        """Take tokens of an identity from now on, whatever they say."""
+        self._order("accept-tokens", {})
+
+    def url_of(self, credential: str) -> str:
+        """Return its address for kombu with another credential."""
+        return f"azureservicebus://{credential}@{self._endpoint}"
+
+    @property
+    def _endpoint(self) -> str:
+        return self.url.rpartition("@")[2]
+
     def state(self) -> dict[str, Any]:
         """Return queues, faults that have hit, and what was done."""
         return self._order("state", {})
