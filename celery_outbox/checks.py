@@ -12,6 +12,7 @@ from celery_outbox.errors import ConfigurationError
 from celery_outbox.inbox.chords import check_chords, keep_chords
 from celery_outbox.inbox.installation import installed_in
 from celery_outbox.inbox.task import DurableTask
+from celery_outbox.relay.publishers import is_servicebus
 from celery_outbox.storage import schema
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ def _check_task(task: DurableTask) -> None:
             )
 
 
+def _prepare_for_servicebus(app: Celery) -> None:
+    with app.connection_for_read() as connection:
+        if is_servicebus(connection):
+            # Here, for it needs the SDK.
+            from celery_outbox.servicebus.receiving import prepare_worker
+
+            prepare_worker(connection)
+
+
 class WorkerChecks(bootsteps.Step):
     """A worker does not start with what could lose messages."""
 
@@ -60,6 +70,7 @@ class WorkerChecks(bootsteps.Step):
         installation = installed_in(app)
         if installation is not None:
             check(app, installation)
+            _prepare_for_servicebus(app)
             check_chords(app)
             keep_chords(app)
             # No connection of the main process may reach the pool's children.

@@ -10,8 +10,16 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from tests.support.servers import RabbitMQ
+from tests.support.servicebus import ServiceBus
 
-__all__ = ["Broker", "filesystem", "rabbitmq", "redis_database", "sqlalchemy_transport"]
+__all__ = [
+    "Broker",
+    "filesystem",
+    "rabbitmq",
+    "redis_database",
+    "servicebus",
+    "sqlalchemy_transport",
+]
 
 
 @dataclass(frozen=True)
@@ -86,3 +94,23 @@ def sqlalchemy_transport(url: str) -> Broker:
             engine.dispose()
 
     return Broker(f"sqla+{url}", left)
+
+
+def servicebus(server: ServiceBus, prefix: str = "", *, lock_seconds: int = 5) -> Broker:
+    """A namespace, with a queue whose messages are known by their ids; `prefix` makes it one's own."""
+    queue = f"{prefix}celery"
+    server.create_queue(
+        queue, duplicate_detection=True, lock_seconds=lock_seconds, max_delivery_count=100
+    )
+    options = {
+        "peek_lock_seconds": lock_seconds,
+        "polling_interval": 0.05,
+        "queue_name_prefix": prefix,
+        "use_lock_renewal": True,
+        "wait_time_seconds": 1,
+    }
+    return Broker(
+        server.url,
+        lambda: server.counts(queue)["active"],
+        {"broker_transport_options": options},
+    )

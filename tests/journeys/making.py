@@ -13,6 +13,7 @@ from tests.journeys import brokers
 from tests.journeys.brokers import Broker
 from tests.journeys.site import Setup, Site
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
+from tests.support.servicebus import ServiceBus
 
 __all__ = ["Making"]
 
@@ -45,6 +46,12 @@ class Making:
     def redis(self) -> Redis:
         """The shared Redis."""
         server: Redis = self._request.getfixturevalue("redis_server")
+        return server
+
+    @property
+    def servicebus(self) -> ServiceBus:
+        """The shared namespace of Azure Service Bus."""
+        server: ServiceBus = self._request.getfixturevalue("servicebus_server")
         return server
 
     def __call__(
@@ -86,6 +93,8 @@ class Making:
                 return brokers.filesystem(self._folders.mktemp("broker"))
             case "sqlalchemy":
                 return brokers.sqlalchemy_transport(self.database())
+            case "servicebus":
+                return brokers.servicebus(self.servicebus, f"site{next(_numbers)}-")
             case "memory":
                 return Broker("memory://", lambda: 0)
             case _:

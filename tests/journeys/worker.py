@@ -25,7 +25,9 @@ from celery_outbox.inbox.transaction import InboxTransaction
 from celery_outbox.relay.publishers import Publisher
 from celery_outbox.storage.store import Handled
 from tests.journeys.site import Setup, Site
+from tests.support.servicebus.trust import trust_of_environment
 
+trust_of_environment()
 logger = logging.getLogger("celery_outbox.tests")
 site = Site(Setup.of_environment())
 app = site.app

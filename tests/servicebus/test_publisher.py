@@ -307,7 +307,10 @@ def test_queue_names_are_those_of_kombu(
     publisher_to: Publishing, servicebus_server: ServiceBus, queue: str
 ) -> None:
     options = {"queue_name_prefix": "pre-"}
-    connect = lambda: Connection(servicebus_server.url, transport_options=options)  # noqa: E731
+
+    def connect() -> Connection:
+        return Connection(servicebus_server.url, transport_options=options)
+
     servicebus_server.create_queue(f"pre-{queue}_a")
     publisher = ServiceBusPublisher(connect, 10.0)
     assert kinds(publisher.publish([(1, envelope(1, f"{queue}@a"))])) == {Confirmed}

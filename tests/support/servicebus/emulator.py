@@ -23,7 +23,7 @@ from tests.support.servicebus.faults import FaultPlan
 from tests.support.servicebus.queues import Broker, Options
 from tests.support.servicebus.rights import Policies
 
-__all__ = ["POLICY", "Emulator"]
+__all__ = ["POLICY", "Emulator", "kombu_url"]
 
 POLICY, _KEY = "RootManageSharedAccessKey", "emulator-key="
 _STANDARD_BYTES = 256 * 1024
@@ -226,10 +226,10 @@ class Emulator:
             f"SharedAccessKey={_KEY};UseDevelopmentEmulator=true"
         )
 
-    @property
-    def url(self) -> str:
-        """How kombu reaches it, with TLS.
 
-        kombu appends Azure's suffix to a name that does not end in ``.net``; the SDK drops the path.
-        """
-        return f"azureservicebus://{POLICY}:{_KEY}@{self.host}:{self.port}/.net"
+def kombu_url(host: str, port: int) -> str:
+    """Return how kombu reaches an emulator, with TLS.
+
+    kombu appends Azure's suffix to a name that does not end in ``.net``; the SDK drops the path.
+    """
+    return f"azureservicebus://{POLICY}:{_KEY}@{host}:{port}/.net"

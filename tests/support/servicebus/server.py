@@ -24,7 +24,7 @@ from typing_extensions import Self
 from tests.support.guardian import guardian
 from tests.support.processes import Process
 from tests.support.servicebus.controls import PATH
-from tests.support.servicebus.emulator import Emulator
+from tests.support.servicebus.emulator import kombu_url
 from tests.support.servicebus.faults import Fault
 from tests.support.servicebus.trust import Trust
 
@@ -56,7 +56,7 @@ class ServiceBus:
     @property
     def url(self) -> str:
         """Its address for kombu."""
-        return Emulator(self.host, _PORT, folder=self._folder).url
+        return kombu_url(self.host, _PORT)
 
     def create_queue(self, name: str, **options: Any) -> None:
         """Create a queue; see `tests.support.servicebus.queues.Options`."""
