@@ -9,10 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import relay, send, worker
+from benchmarks import relay, send, servicebus, worker
 from tests.support.servers import PostgreSQL, RabbitMQ
 
-TABLES = {"relay": relay.table, "send": send.table, "worker": worker.table}
+TABLES = {
+    "relay": relay.table,
+    "send": send.table,
+    "worker": worker.table,
+    "servicebus": servicebus.table,
+}
 
 
 def main() -> None:

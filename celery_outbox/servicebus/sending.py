@@ -54,11 +54,17 @@ class Dispatch:
     answered: bool = False
     #: Whether anything was written that it may have stored.
     under_way: bool = False
+    #: Its owner's word that no more is to be sent.
+    go_on: bool = True
     done: Event = field(default_factory=Event)
+
+    def share_of_time(self, most: float) -> float:
+        """Return how long to wait for an answer now: until the deadline, and not longer than `most`."""
+        return max(0.0, min(most, self.deadline - time.monotonic()))
 
     @property
     def seconds_left(self) -> float:
-        """How long an answer may take; never nothing, which the SDK takes for forever."""
+        """How long an answer may take; raises rather than be nothing, which the SDK can't wait."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise OperationTimeoutError(message="there was no time left to send it")
@@ -135,7 +141,7 @@ class Lane:
 
     def _send(self, dispatch: Dispatch) -> None:
         rest: Sequence[Sendable] = dispatch.messages
-        while rest:
+        while rest and dispatch.go_on:
             batch, rest, content = self._fill(rest)
             try:
                 self._send_one(dispatch, batch, content)
@@ -144,7 +150,8 @@ class Lane:
                     raise
                 # One of them spoils the batch, which is refused as a whole.
                 for each in batch:
-                    self._send_or_refuse(dispatch, each)
+                    if dispatch.go_on:
+                        self._send_or_refuse(dispatch, each)
 
     def _fill(
         self, messages: Sequence[Sendable]
@@ -199,6 +206,8 @@ class Lane:
         """Send one by one; what lost the connection is to blame if others go through after it."""
         suspects: dict[int, Exception] = {}
         for each in dispatch.messages:
+            if not dispatch.go_on:
+                break
             try:
                 self._send_or_refuse(dispatch, each)
             except Exception as exc:

@@ -14,7 +14,7 @@ from kombu import Connection, Exchange, Queue
 from kombu.transport import azureservicebus
 
 from celery_outbox.declaration import freeze
-from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
+from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Stalled, Undecided, Unknown
 from celery_outbox.relay.publishers import publisher_for
 from celery_outbox.relay.publishers.servicebus import ServiceBusPublisher
 from tests.servicebus.envelopes import batch, envelope
@@ -180,9 +180,36 @@ def test_a_queue_that_takes_nothing_is_no_fault_of_its_messages(
             servicebus_server.plan([Fault("attach", "detach", entity=other, condition=condition)])
     publisher = publisher_to()
     outcomes = publisher.publish([(1, envelope(1, other)), (2, envelope(2, queue))])
-    assert not isinstance(outcomes[1], Confirmed | Refused)
+    assert isinstance(outcomes[1], Stalled)
     assert isinstance(outcomes[2], Confirmed)
     publisher.open()
+
+
+def test_a_queue_that_is_silent_does_not_stop_the_others(
+    publisher_to: Publishing, servicebus_server: ServiceBus, queue: str
+) -> None:
+    other = f"{queue}-other"
+    servicebus_server.create_queue(other, duplicate_detection=True)
+    publisher = publisher_to(timeout=2.0)
+    servicebus_server.plan([Fault("send", "silence", entity=other)])
+    outcomes = publisher.publish([(1, envelope(1, other)), (2, envelope(2, queue))])
+    assert isinstance(outcomes[1], Stalled)
+    assert isinstance(outcomes[2], Confirmed)
+
+
+def test_who_has_lost_the_lease_sends_no_more(
+    publisher_to: Publishing, servicebus_server: ServiceBus, queue: str
+) -> None:
+    servicebus_server.plan([Fault("send", "reject", entity=queue, condition="amqp:not-allowed")])
+    publisher = publisher_to(timeout=5.0)
+    asked = itertools.count()
+    servicebus_server.delay_acknowledgements(0.5)
+    try:
+        # Refused as a batch, they go one by one, which takes its time.
+        outcomes = publisher.publish(batch(20, queue), lambda: next(asked) < 5)
+    finally:
+        servicebus_server.delay_acknowledgements(0)
+    assert kinds(outcomes) == {Confirmed, Unknown}
 
 
 def test_the_right_to_send_is_enough(
@@ -199,7 +226,7 @@ def test_a_wrong_key_and_a_missing_right_dead_letter_nothing(
     publisher_to: Publishing, servicebus_server: ServiceBus, queue: str
 ) -> None:
     listener = publisher_to(servicebus_server.add_key("listener", "listen-key", "Listen"))
-    assert not kinds(listener.publish(batch(3, queue))) & {Confirmed, Refused}
+    assert kinds(listener.publish(batch(3, queue))) == {Stalled}
     stranger = publisher_to(servicebus_server.url_of("listener:another-key"))
     assert kinds(stranger.publish(batch(3, queue))) == {Undecided}
     # The broker has not answered yet, so it is asked before anything is claimed.
@@ -296,7 +323,7 @@ def test_a_message_for_two_queues_is_confirmed_when_both_have_it(
         for name, pattern in ((queue, "a.*"), (f"{queue}-other", "*.b"))
     )
     sent = envelope(1, exchange="topic", routing_key="a.b", declare=frozen)
-    assert not isinstance(publisher.publish([(1, sent)])[1], Confirmed | Refused)
+    assert isinstance(publisher.publish([(1, sent)])[1], Stalled)
     servicebus_server.create_queue(f"{queue}-other", duplicate_detection=True)
     assert isinstance(publisher.publish([(1, sent)])[1], Confirmed)
     assert servicebus_server.counts(queue)["stored"] == 1

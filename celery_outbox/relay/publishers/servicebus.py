@@ -11,8 +11,15 @@ from azure.servicebus.exceptions import OperationTimeoutError
 from kombu import Connection
 
 from celery_outbox.envelope import Envelope
-from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided
-from celery_outbox.relay.publishers.base import Publisher, said
+from celery_outbox.relay.outcome import (
+    Confirmed,
+    Outcome,
+    Refused,
+    Stalled,
+    Undecided,
+    Unknown,
+)
+from celery_outbox.relay.publishers.base import Meanwhile, Publisher, nothing, said
 from celery_outbox.servicebus.errors import Concern, verdict_on
 from celery_outbox.servicebus.messages import Routing, body_of, message_id
 from celery_outbox.servicebus.sending import Dispatch, Lane, Sendable
@@ -25,6 +32,8 @@ _IDLE = 240.0
 _SUSPICIOUS = 2
 #: So many abandoned threads may hang; then no new ones are started until one has ended.
 _MOST_HANGING = 8
+#: How often the caller may do something else while the broker works, in seconds.
+_LOOK = 0.2
 #: How long the lanes may take to end when the connection is dropped.
 _GOODBYE = 2.0
 
@@ -84,17 +93,20 @@ class ServiceBusPublisher(Publisher):
             self._routing = Routing(self._channel)
         return self._channel
 
-    def publish(self, batch: Sequence[tuple[int, Envelope]]) -> dict[int, Outcome]:
+    def publish(
+        self, batch: Sequence[tuple[int, Envelope]], meanwhile: Meanwhile = nothing
+    ) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
         try:
             dispatches = self._sort(batch, outcomes)
-            self._exchange(dispatches)
+            self._exchange(dispatches, meanwhile)
         except Exception as exc:
             self.close()
             return {number: Undecided(said(exc)) for number, _ in batch} | outcomes
         self._remember(dispatches)
-        alone = not any(dispatch.answered for dispatch in dispatches)
+        answered = {dispatch.queue for dispatch in dispatches if dispatch.answered}
         for dispatch in dispatches:
+            alone = not answered - {dispatch.queue}
             for number, outcome in _outcomes(dispatch, alone=alone):
                 outcomes[number] = _worse(outcomes.get(number), outcome)
         return outcomes
@@ -123,13 +135,18 @@ class ServiceBusPublisher(Publisher):
                 dispatch.messages.append(Sendable(number, message, len(body.encode())))
         return list(dispatches.values())
 
-    def _exchange(self, dispatches: Sequence[Dispatch]) -> None:
+    def _exchange(self, dispatches: Sequence[Dispatch], meanwhile: Meanwhile = nothing) -> None:
         """Send all, each queue in its thread, and wait for the answers until the deadline."""
         for dispatch in dispatches:
             self._lane(dispatch.queue).take(dispatch)
         for dispatch in dispatches:
-            in_time = dispatch.done.wait(max(0.0, dispatch.deadline - time.monotonic()))
-            if not in_time:
+            while not dispatch.done.wait(dispatch.share_of_time(_LOOK)):
+                if not dispatch.share_of_time(_LOOK):
+                    break
+                if not meanwhile():
+                    for each in dispatches:
+                        each.go_on = False
+            if not dispatch.done.is_set():
                 lane = self._lanes.pop(dispatch.queue)
                 lane.abandon()
                 self._hanging.append(lane)
@@ -196,7 +213,7 @@ class ServiceBusPublisher(Publisher):
 
 
 def _outcomes(dispatch: Dispatch, *, alone: bool) -> list[tuple[int, Outcome]]:
-    """Return what became of each message of a dispatch; `alone`: no other queue has answered."""
+    """Return what became of each message; `alone`: no queue but this one has answered."""
     # A lane that was abandoned may still write.
     confirmed, refused = set(dispatch.confirmed), dict(dispatch.refused)
     failure = dispatch.failure
@@ -206,20 +223,24 @@ def _outcomes(dispatch: Dispatch, *, alone: bool) -> list[tuple[int, Outcome]]:
             found.append((each.number, Confirmed()))
         elif (error := refused.get(each.number)) is not None:
             found.append((each.number, Refused(error)))
+        elif failure is None:
+            found.append((each.number, Unknown()))
         else:
-            assert failure is not None
             found.append((each.number, _failed(dispatch.queue, failure, alone=alone)))
     return found
 
 
 def _failed(queue: str, failure: Exception, *, alone: bool) -> Outcome:
     error = f"queue {queue}: {said(failure)}"
+    verdict = verdict_on(failure)
+    if verdict.concern is Concern.QUEUE or not (alone or verdict.peace):
+        return Stalled(error)
     return Undecided(error)
 
 
 def _worse(one: Outcome | None, other: Outcome) -> Outcome:
     """Return what is to be said of a message that goes to several queues."""
-    ranks: tuple[type, ...] = (Confirmed, Refused, Undecided)
+    ranks: tuple[type, ...] = (Confirmed, Refused, Stalled, Unknown, Undecided)
     if one is None:
         return other
     return max(one, other, key=lambda outcome: ranks.index(type(outcome)))
