@@ -11,7 +11,16 @@ from __future__ import annotations
 import click
 from celery.bin.base import handle_preload_options
 
-from celery_outbox.cli import dead_letters, messages, relay, scheduled, schema, status, storage
+from celery_outbox.cli import (
+    dead_letters,
+    messages,
+    relay,
+    scheduled,
+    schema,
+    servicebus,
+    status,
+    storage,
+)
 
 __all__ = ["outbox"]
 
@@ -33,6 +42,7 @@ for _command in (
     dead_letters.dead_letters,
     scheduled.scheduled,
     schema.schema,
+    servicebus.servicebus,
     storage.storage,
 ):
     outbox.add_command(_command)
