@@ -8,6 +8,7 @@ a skip.
 
 import itertools
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
 from tests.support.servicebus import ServiceBus
+from tests.support.servicebus.namespace import VARIABLE, Namespace
 
 _redis_numbers = itertools.count()
 
@@ -55,6 +57,16 @@ def servicebus_server() -> Iterator[ServiceBus]:
     """The shared namespace of Azure Service Bus: don't pause it or end its connections."""
     with ServiceBus() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def servicebus_namespace(request: pytest.FixtureRequest) -> Iterator[ServiceBus | Namespace]:
+    """`servicebus_server`, or the real namespace whose address is in the environment."""
+    if url := os.environ.get(VARIABLE):
+        with Namespace(url) as namespace:
+            yield namespace
+    else:
+        yield request.getfixturevalue("servicebus_server")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.support.servers import RabbitMQ
 from tests.support.servicebus import ServiceBus
+from tests.support.servicebus.namespace import Namespace
 
 __all__ = [
     "Broker",
@@ -96,7 +97,7 @@ def sqlalchemy_transport(url: str) -> Broker:
     return Broker(f"sqla+{url}", left)
 
 
-def servicebus(server: ServiceBus, prefix: str = "", *, lock_seconds: int = 5) -> Broker:
+def servicebus(server: ServiceBus | Namespace, prefix: str, *, lock_seconds: int = 5) -> Broker:
     """A namespace, with a queue whose messages are known by their ids; `prefix` makes it one's own."""
     queue = f"{prefix}celery"
     server.create_queue(

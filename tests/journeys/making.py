@@ -11,9 +11,10 @@ import pytest
 
 from tests.journeys import brokers
 from tests.journeys.brokers import Broker
-from tests.journeys.site import Setup, Site
+from tests.journeys.site import Setup, Site, new_tag
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
 from tests.support.servicebus import ServiceBus
+from tests.support.servicebus.namespace import Namespace
 
 __all__ = ["Making"]
 
@@ -49,9 +50,9 @@ class Making:
         return server
 
     @property
-    def servicebus(self) -> ServiceBus:
+    def servicebus(self) -> ServiceBus | Namespace:
         """The shared namespace of Azure Service Bus."""
-        server: ServiceBus = self._request.getfixturevalue("servicebus_server")
+        server: ServiceBus | Namespace = self._request.getfixturevalue("servicebus_namespace")
         return server
 
     def __call__(
@@ -94,7 +95,7 @@ class Making:
             case "sqlalchemy":
                 return brokers.sqlalchemy_transport(self.database())
             case "servicebus":
-                return brokers.servicebus(self.servicebus, f"site{next(_numbers)}-")
+                return brokers.servicebus(self.servicebus, f"{new_tag('site')}-")
             case "memory":
                 return Broker("memory://", lambda: 0)
             case _:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from azure.servicebus import ServiceBusClient
 
+from tests.journeys.making import Making
 from tests.support.servicebus import Emulator, Trust
 
 
@@ -30,3 +31,12 @@ def client(emulator: Emulator) -> Iterator[ServiceBusClient]:
     string = emulator.connection_string
     with ServiceBusClient.from_connection_string(string, retry_total=0) as client:
         yield client
+
+
+@pytest.fixture
+def sites(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Making]:
+    """Make sites that last for the test."""
+    with Making(request, tmp_path_factory) as making:
+        yield making

@@ -139,13 +139,10 @@ class ServiceBusPublisher(Publisher):
         """Send all, each queue in its thread, and wait for the answers until the deadline."""
         for dispatch in dispatches:
             self._lane(dispatch.queue).take(dispatch)
+        self._attend(dispatches, meanwhile)
         for dispatch in dispatches:
-            while not dispatch.done.wait(dispatch.share_of_time(_LOOK)):
-                if not dispatch.share_of_time(_LOOK):
-                    break
-                if not meanwhile():
-                    for each in dispatches:
-                        each.go_on = False
+            while (left := dispatch.share_of_time(_LOOK)) and not dispatch.done.wait(left):
+                self._attend(dispatches, meanwhile)
             if not dispatch.done.is_set():
                 lane = self._lanes.pop(dispatch.queue)
                 lane.abandon()
@@ -156,6 +153,13 @@ class ServiceBusPublisher(Publisher):
             elif dispatch.failure is not None:
                 # Its lane has ended by itself.
                 del self._lanes[dispatch.queue]
+
+    @staticmethod
+    def _attend(dispatches: Sequence[Dispatch], meanwhile: Meanwhile) -> None:
+        """Let the caller do something else, and heed what it says."""
+        if not meanwhile():
+            for dispatch in dispatches:
+                dispatch.go_on = False
 
     def _lane(self, queue: str) -> Lane:
         self._close_idle_lanes()

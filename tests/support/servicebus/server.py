@@ -38,6 +38,9 @@ _ROOT = Path(__file__).parents[3]
 class ServiceBus:
     """A namespace on a loopback address of its own, whose certificate this process trusts."""
 
+    #: Whether it misbehaves when it is told to.
+    injects = True
+
     def __init__(self) -> None:
         self.host = _free_address()
         self._folder = Path(tempfile.mkdtemp(prefix="outbox-servicebus-"))
