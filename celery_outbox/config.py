@@ -33,6 +33,8 @@ class Config:
     bypass: BypassPolicy = "warn"
     #: Keep a message with an eta in the database until it is due; False: the worker holds it.
     hold_scheduled: bool = True
+    #: Publish from a thread of the process that has sent, as soon as its transaction has committed.
+    publish_after_commit: bool = False
     #: How often celery beat drives the relay; 0 leaves the beat schedule alone.
     relay_tick_seconds: float = 1.0
     #: The queue of the relay's own task; None is the app's default queue.
@@ -140,6 +142,7 @@ class Config:
 
 _SWITCHES = tuple(f.name for f in fields(Config) if f.type == "bool")
 _SECONDS = tuple(f.name for f in fields(Config) if f.name.endswith("_seconds"))
+_SWITCHES = tuple(f.name for f in fields(Config) if isinstance(f.default, bool))
 _MAY_BE_ZERO = ("relay_tick_seconds", "backoff_base_seconds", "busy_pause_seconds")
 
 

@@ -18,6 +18,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 # Outgoing.
 STAGED: Final = "staged"  # count: written in the caller's transaction, which has not committed yet
+LEFT_TO_RELAY: Final = "left_to_relay"  # count: the fast path does not get to them
 CLAIMED: Final = "claimed"  # count: taken under a lease
 PUBLISHED: Final = "published"  # count: the broker has confirmed them, they are not settled yet
 SETTLED: Final = "settled"  # tally

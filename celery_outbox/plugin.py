@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from celery import Task
-from celery.signals import beat_init
+from celery.signals import beat_init, worker_process_shutdown
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -42,6 +43,7 @@ from celery_outbox.outbox.scope import (
     naming,
 )
 from celery_outbox.outbox.tracking import watch_engine, watch_every_engine, watch_sessions
+from celery_outbox.relay.after_commit import FastPath
 from celery_outbox.relay.loop import Relay, Tally
 from celery_outbox.relay.publishers import publisher_for
 from celery_outbox.storage import schema
@@ -54,11 +56,12 @@ from celery_outbox.storage.asynchronous import (
 from celery_outbox.storage.engine import (
     engine_from_url,
     engine_of,
+    has_twin,
     is_same_database,
     twin_of,
     working_engine_of,
 )
-from celery_outbox.storage.store import Store, row_of
+from celery_outbox.storage.store import FreshestFirst, Store, row_of
 from celery_outbox.storage.tables import Tables
 
 if TYPE_CHECKING:
@@ -74,6 +77,8 @@ logger = logging.getLogger("celery_outbox")
 RELAY_TASK = "celery_outbox.relay"
 BEAT_ENTRY = "celery-outbox-relay"
 _SHORTEST_EXPIRY = 5.0
+
+AnyStore = TypeVar("AnyStore", bound=Store)
 
 Target: TypeAlias = (
     "sessionmaker[Any] | scoped_session[Any] | async_sessionmaker[Any] | Engine | AsyncEngine | str"
@@ -204,10 +209,22 @@ class Outbox:
     @cached_property
     def store(self) -> Store:
         """The tables of the outbox, transition by transition."""
-        return self._make_store(self.engine)
+        store = self._make_store(self.engine)
+        store.on_stage = self._takes
+        return store
 
-    def _make_store(self, engine: Engine) -> Store:
-        return Store(engine, self.tables, notifies=self.config.notify)
+    def _make_store(self, engine: Engine, kind: type[AnyStore] = Store) -> AnyStore:
+        return kind(engine, self.tables, notifies=self.config.notify)
+
+    @cached_property
+    def fast_path(self) -> FastPath:
+        """What publishes after the commit, with ``outbox_publish_after_commit``."""
+        path = FastPath(
+            lambda: self._make_store(twin_of(self.engine), FreshestFirst), self._make_relay
+        )
+        if not has_twin(self.engine):
+            path.stop()
+        return path
 
     def make_session(self, connection: Connection) -> Session:
         """Return a session of the app's kind whose commits stay inside `connection`'s transaction."""
@@ -284,6 +301,10 @@ class Outbox:
     def _row_of(self, envelope: Envelope) -> Mapping[str, Any]:
         row = row_of(envelope)
         return row if self.config.hold_scheduled else {**row, "not_before": None}
+
+    def _takes(self, connection: Connection, count: int) -> bool:
+        """Say whether this process publishes what is staged, when it is committed."""
+        return self.config.publish_after_commit and self.fast_path.takes(connection, count)
 
     def _is_our_engine(self, engine: Engine) -> bool:
         try:
@@ -428,9 +449,21 @@ def _forget_connections() -> None:
     """In a forked child: the parent's connections are the parent's."""
     for outbox in _outboxes:
         outbox._relaying = Lock()
+        if fast_path := outbox.__dict__.get("fast_path"):
+            fast_path.forget()
         engine = outbox.__dict__.get("engine")
         if engine is not None:
             engine.dispose(close=False)
 
 
+def _end_fast_paths(**_: Any) -> None:
+    """The process ends: what it has committed is published, if that does not take long."""
+    for outbox in _outboxes:
+        if fast_path := outbox.__dict__.get("fast_path"):
+            fast_path.stop()
+
+
 os.register_at_fork(after_in_child=_forget_connections)
+atexit.register(_end_fast_paths)
+# A pool's process ends without what Python does at an exit.
+worker_process_shutdown.connect(_end_fast_paths)

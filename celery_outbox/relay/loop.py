@@ -207,6 +207,11 @@ class Relay:
         ):
             pass
 
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether the broker, or the database, was away when it was needed last."""
+        return bool(self._troubles)
+
     def close(self) -> None:
         """Drop the connection to the broker."""
         self._publisher.close()

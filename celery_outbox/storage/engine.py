@@ -12,7 +12,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from celery_outbox.errors import ConfigurationError
 from celery_outbox.storage.asynchronous import AsyncEngine, async_sessionmaker
 
-__all__ = ["engine_from_url", "engine_of", "is_same_database", "twin_of", "working_engine_of"]
+__all__ = ["engine_from_url", "engine_of", "has_twin", "is_same_database", "twin_of", "working_engine_of"]
 
 #: Drivers that only work in an event loop, and those that reach the same database without one.
 _SYNCHRONOUS = {
@@ -81,9 +81,13 @@ def twin_of(engine: Engine) -> Engine:
 
     A database that lives in its connection alone (SQLite's in memory) has no twin but itself.
     """
-    if _identity(engine.url)[-1] in (None, "", ":memory:") and engine.dialect.name == "sqlite":
-        return engine
-    return Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    return Engine(engine.pool.recreate(), engine.dialect, engine.url) if has_twin(engine) else engine
+
+
+def has_twin(engine: Engine) -> bool:
+    """Whether another connection reaches the same database."""
+    in_memory = _identity(engine.url)[-1] in (None, "", ":memory:")
+    return not (in_memory and engine.dialect.name == "sqlite")
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -30,7 +30,7 @@ from celery_outbox.storage.dialects.base import lock_of
 from celery_outbox.storage.notifications import Listener, channel_of
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
-__all__ = ["Batch", "Claimed", "Handled", "Settlement", "Store", "row_of"]
+__all__ = ["Batch", "Claimed", "FreshestFirst", "Handled", "Settlement", "Store", "row_of"]
 
 #: The state of an inbox row until it is recorded; no other transaction sees it before the commit. It
 #: is the likeliest one, so that a task without a result needs no second statement.
@@ -105,6 +105,10 @@ class Store:
     database can.
     """
 
+    #: Told of how many rows that could be published at once are about to be inserted, on which
+    #: connection, in the caller's thread. True: this process will do it, and no relay need be woken.
+    on_stage: Callable[[Connection, int], bool] | None = None
+
     def __init__(self, engine: Engine, tables: Tables, *, notifies: bool = True) -> None:
         self.engine = engine
         self.tables = tables
@@ -119,6 +123,7 @@ class Store:
             ),
         )
         self._stage = self.dialect.notifying(stage, self._channel) if notifies else stage
+        self._stage_silently = stage
         # Built once: a worker runs these two for every task, and building costs as much as asking.
         self._receive = self.dialect.receive(tables.inbox)
         self._record = (
@@ -137,10 +142,21 @@ class Store:
         try:
             if keys := {row["ordering_key"] for row in rows} - {None}:
                 self.dialect.lock_keys(connection, sorted(keys))
-            connection.execute(self._stage, list(rows))
+            silently = self._is_taken_care_of(connection, rows)
+            connection.execute(self._stage_silently if silently else self._stage, list(rows))
         except (OperationalError, ProgrammingError):
             schema.compare(self.engine, self.tables)
             raise
+
+    def _is_taken_care_of(
+        self, connection: Connection, rows: Sequence[Mapping[str, Any]]
+    ) -> bool:
+        """Whether this process publishes all of `rows` when they are committed."""
+        if self.on_stage is None:
+            return False
+        # What is due later, or has its turn, is any relay's.
+        count = sum(not (row["not_before"] or row["ordering_key"]) for row in rows)
+        return count > 0 and self.on_stage(connection, count) and count == len(rows)
 
     def stage_alone(self, row: Mapping[str, Any]) -> None:
         """Insert one envelope in a transaction of its own, committed at the return."""
@@ -158,9 +174,14 @@ class Store:
 
     def claim(self, limit: int, lease_seconds: float) -> Batch:
         """Take up to `limit` available envelopes under a lease; each counts an attempt."""
+        return self._lease(self.dialect.claim, limit, lease_seconds)
+
+    def _lease(
+        self, claim: Callable[..., Sequence[Row[Any]]], limit: int, lease_seconds: float
+    ) -> Batch:
         token = str(uuid.uuid4())
         with self.engine.begin() as connection:
-            rows = self.dialect.claim(
+            rows = claim(
                 connection,
                 self.tables.outbox,
                 limit=limit,
@@ -350,6 +371,23 @@ class Store:
                 "dead": dead.scalar_one(),
                 "incoming": incoming.scalar_one(),
             }
+
+
+class FreshestFirst(Store):
+    """A store that claims the newest envelopes, where relays begin with the oldest.
+
+    So a process that publishes by itself takes what it has just stored, and stays out of the way of
+    relays that work off a backlog.
+    """
+
+    #: How many envelopes the next claim may take.
+    wanted = 0
+
+    def claim(self, limit: int, lease_seconds: float) -> Batch:
+        """Take up to `wanted` envelopes without an ordering key; each counts an attempt."""
+        return self._lease(
+            self.dialect.claim_freshest, min(limit, self.wanted), lease_seconds
+        )
 
 
 def row_of(envelope: Envelope) -> Mapping[str, Any]:

@@ -1,0 +1,233 @@
+"""FastPath: the process that sent a message publishes it, from a thread of its own, after the commit."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from typing import NamedTuple
+from weakref import ref
+
+from sqlalchemy import Connection
+from sqlalchemy.engine import RootTransaction
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_outbox import events
+from celery_outbox.relay.loop import Relay
+from celery_outbox.storage.store import FreshestFirst, Store
+
+__all__ = ["FastPath"]
+
+logger = logging.getLogger("celery_outbox.relay")
+
+#: How many transactions may wait for the thread. Beyond that, what is sent is left to the relays.
+_MOST = 1000
+#: A thread that has not looked at what it was told for so long is slow, stuck, or was never run.
+_BEHIND_AFTER = 1.0
+#: How long a transaction may stay open after its insert before the relays are left to find its rows.
+_OPEN_FOR = 5.0
+#: The pauses between two looks at transactions that are open, the first and the longest.
+_SHORTEST_LOOK = 0.0005
+_LONGEST_LOOK = 0.05
+#: The pauses after the broker, or the database, was away.
+_SHORTEST_PAUSE = 0.5
+_LONGEST_PAUSE = 15.0
+#: How long the end of the process waits for the batch in hand.
+_PATIENCE = 5.0
+
+
+class _Told(NamedTuple):
+    """An insert: the transaction that it is part of, how many rows, and when."""
+
+    transaction: ref[RootTransaction]
+    count: int
+    at: float
+
+    def is_over(self) -> bool:
+        transaction = self.transaction()
+        return transaction is None or not transaction.is_active
+
+
+class FastPath:
+    """Publishes what this process has stored, as soon as its transaction is over.
+
+    It is told of each insert, and waits for the end of that transaction. Then it is a relay: it claims
+    as many rows as were inserted, under a lease, publishes and settles them. What it is told is a hint
+    and no more, for the claim sees what is committed and nothing else. What it does not get to is
+    not leased, and is any relay's: after a crash, while the broker is away, when it is told more than
+    it can do.
+
+    The thread starts with the first insert, in each process anew. Its connections to the database and
+    the broker are its own: `make_store` and `make_relay` are called there.
+    """
+
+    def __init__(
+        self, make_store: Callable[[], FreshestFirst], make_relay: Callable[[Store], Relay]
+    ) -> None:
+        self._make_store = make_store
+        self._make_relay = make_relay
+        #: What a forked child has inherited: never used, and never closed, for it is the parent's.
+        self._inherited: list[object] = []
+        self._is_off = False
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._told: SimpleQueue[_Told | None] = SimpleQueue()
+        self._open: list[_Told] = []
+        self._thread: Thread | None = None
+        self._starting = Lock()
+        self._relay: Relay | None = None
+        self._store: FreshestFirst | None = None
+        self._looked_at = 0.0
+        self._paused_until = 0.0
+        self._failures = 0
+
+    # In the threads that send
+
+    def staged(self, connection: Connection, count: int) -> bool:
+        """Take note of `count` rows that were inserted in the connection's transaction.
+
+        Never waits. False: they are left to the relays, which may want to be woken.
+        """
+        transaction = connection.get_transaction()
+        if transaction is None or count == 0:
+            return False
+        now = time.monotonic()
+        if self._told.empty():
+            self._looked_at = now
+        if self._is_off or now < self._paused_until or self._is_behind(now):
+            events.emit(events.LEFT_TO_RELAY, count=count)
+            return False
+        self._told.put(_Told(ref(transaction), count, now))
+        return self._is_running() or self._start()
+
+    def _is_behind(self, now: float) -> bool:
+        if self._told.qsize() + len(self._open) >= _MOST:
+            return True
+        return not self._told.empty() and now - self._looked_at > _BEHIND_AFTER
+
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _start(self) -> bool:
+        if not self._starting.acquire(blocking=False):
+            return True  # another thread is at it
+        try:
+            if not self._is_running():
+                thread = Thread(target=self._run, name="celery-outbox-after-commit", daemon=True)
+                thread.start()
+                self._thread = thread
+        except RuntimeError:
+            # The interpreter ends, or the system has no thread left.
+            self._is_off = True
+            return False
+        finally:
+            self._starting.release()
+        return True
+
+    def stop(self, timeout: float = _PATIENCE) -> None:
+        """End the batch in hand and what is committed, or leave it to the relays after `timeout`."""
+        self._is_off = True
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            self._told.put(None)
+            thread.join(timeout)
+
+    def resume(self) -> None:
+        """Work again after `stop`."""
+        if not self._is_running():
+            self._begin_anew()
+        self._is_off = False
+
+    def forget(self) -> None:
+        """In a forked child: begin anew. The thread, its locks and its connections are the parent's."""
+        self._inherited.append((self._relay, self._store, self._told, self._open))
+        if self._store is not None:
+            self._store.engine.dispose(close=False)
+        self._begin_anew()
+
+    # In the thread
+
+    def _run(self) -> None:
+        try:
+            self._store = self._make_store()
+            self._relay = self._make_relay(self._store)
+        except Exception:
+            self._is_off = True
+            logger.exception("nothing is published after the commit: the relays do it")
+            return
+        try:
+            while self._listen():
+                if count := self._committed():
+                    self._publish(count)
+        finally:
+            self._relay.close()
+            self._store.engine.dispose()
+
+    def _listen(self) -> bool:
+        """Wait for an insert, or for the next look at an open transaction. False: told to stop."""
+        if self._told.empty() and self._open:
+            waited = time.monotonic() - self._open[-1].at
+            pause = max(_SHORTEST_LOOK, min(waited, _LONGEST_LOOK))
+        else:
+            pause = None
+        try:
+            told = self._told.get(timeout=pause)
+            while told is not None:
+                self._open.append(told)
+                told = self._told.get(block=False)
+        except Empty:
+            self._looked_at = time.monotonic()
+            return True
+        # What has committed is still published; the process ends with what is open.
+        if count := self._committed():
+            self._publish(count)
+        return False
+
+    def _committed(self) -> int:
+        """Return how many rows are in transactions that have ended since the last look."""
+        count = 0
+        still_open = []
+        oldest = time.monotonic() - _OPEN_FOR
+        for told in self._open:
+            if told.is_over():
+                count += told.count
+            elif told.at > oldest:
+                still_open.append(told)
+            else:
+                events.emit(events.LEFT_TO_RELAY, count=told.count)
+        self._open = still_open
+        return count
+
+    def _publish(self, count: int) -> None:
+        assert self._relay is not None
+        assert self._store is not None
+        if time.monotonic() < self._paused_until:
+            events.emit(events.LEFT_TO_RELAY, count=count)
+            return
+        try:
+            while count > 0:
+                self._store.wanted = count
+                tally = self._relay.once()
+                # Rolled back, or taken by a relay, what is not there.
+                count = count - tally.claimed if tally.claimed else 0
+                if self._relay.is_in_trouble:
+                    self._pause()
+                    return
+            self._failures = 0
+        except SQLAlchemyError as exc:
+            logger.error("the database is away: %s", exc)
+            self._pause()
+        except Exception:
+            logger.exception("a batch was not ended, and will be taken again after its lease")
+            self._relay.close()
+            self._pause()
+
+    def _pause(self) -> None:
+        """Leave everything to the relays for a while, which grows with each failure in a row."""
+        self._failures += 1
+        longest = min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2.0 ** min(self._failures, 16))
+        self._paused_until = time.monotonic() + longest * random.uniform(0.5, 1.0)

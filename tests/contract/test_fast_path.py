@@ -1,0 +1,119 @@
+"""The store's part in the fast path: it tells of what it stages, and claims the newest first."""
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, select, update
+
+from celery_outbox.storage.store import FreshestFirst, Settlement, Store, row_of
+from tests.contract.test_outgoing import claim, envelope, ids, stage, stored
+
+NOW = datetime.now(timezone.utc)
+
+
+@pytest.fixture
+def freshest(store: Store) -> FreshestFirst:
+    """A second store on the same tables."""
+    return FreshestFirst(store.engine, store.tables)
+
+
+def take(store: FreshestFirst, wanted: int, limit: int = 100) -> list[str]:
+    store.wanted = wanted
+    return ids(store.claim(limit, 60))
+
+
+def age(store: Store, **seconds: float) -> None:
+    """Let rows have been available for so long."""
+    outbox = store.tables.outbox
+    with store.engine.begin() as connection:
+        for label, since in seconds.items():
+            connection.execute(
+                update(outbox)
+                .where(outbox.c.task_id == label)
+                .values(available_at=NOW - timedelta(seconds=since))
+            )
+
+
+def test_the_newest_are_claimed_first(store: Store, freshest: FreshestFirst) -> None:
+    stage(store, "a", "b", "c", "d")
+    age(store, a=40, b=10, c=30, d=20)
+    assert take(freshest, 1) == ["b"]
+    assert take(freshest, 2) == ["c", "d"]  # as ever in the order of their ids
+    assert take(freshest, 5) == ["a"]
+    assert take(freshest, 5) == []
+
+
+def test_no_more_are_claimed_than_are_wanted_or_fit_into_a_batch(
+    store: Store, freshest: FreshestFirst
+) -> None:
+    stage(store, *"abcdef")
+    assert len(take(freshest, 2)) == 2
+    assert len(take(freshest, 10, limit=3)) == 3
+
+
+def test_a_claim_is_a_lease_as_any_other(store: Store, freshest: FreshestFirst) -> None:
+    """P6."""
+    stage(store, "m")
+    freshest.wanted = 1
+    batch = freshest.claim(10, 60)
+    (row,) = batch.rows
+    assert row.envelope == envelope("m")
+    assert row.attempts == 1
+    assert ids(claim(store)) == []
+    assert store.counts()["in_flight"] == 1
+    assert freshest.settle(batch, Settlement(confirmed=[row.id])) == 0
+    assert stored(store) == []
+
+
+def test_what_is_leased_delayed_or_not_due_is_left_alone(
+    store: Store, freshest: FreshestFirst
+) -> None:
+    stage(store, "leased")
+    claim(store)
+    stage(store, "later", due_at=NOW + timedelta(hours=1))
+    assert take(freshest, 10) == []
+
+
+def test_what_has_a_turn_is_left_to_the_relays(store: Store, freshest: FreshestFirst) -> None:
+    """P10."""
+    stage(store, "first", "second", ordering_key="k")
+    assert take(freshest, 10) == []
+    assert ids(claim(store)) == ["first"]
+
+
+def test_the_store_tells_of_what_a_relay_could_publish_at_once(store: Store) -> None:
+    told: list[tuple[Any, int]] = []
+
+    def hear(connection: Connection, count: int) -> None:
+        told.append((connection.get_transaction(), count))
+
+    store.on_staged = hear
+    with store.engine.connect() as connection:
+        transaction = connection.begin()
+        later = envelope("later", due_at=NOW + timedelta(hours=1))
+        ordered = envelope("ordered", ordering_key="k")
+        rows = [row_of(each) for each in (envelope("a"), later, envelope("b"), ordered)]
+        store.stage(connection, rows)
+        assert told == [(transaction, 2)]
+        transaction.rollback()
+    store.stage_alone(row_of(envelope("alone")))
+    assert [count for _, count in told] == [2, 1]
+
+
+def test_it_begins_after_the_others_end_where_the_backlog_is_long(
+    store: Store, freshest: FreshestFirst
+) -> None:
+    """A relay and a fast path meet in the middle, and share no row."""
+    stage(store, *(f"{number:03}" for number in range(60)))
+    outbox = store.tables.outbox
+    with store.engine.begin() as connection:
+        for number, row in enumerate(connection.execute(select(outbox.c.id)).scalars().all()):
+            connection.execute(
+                update(outbox)
+                .where(outbox.c.id == row)
+                .values(available_at=NOW - timedelta(seconds=100 - number))
+            )
+    old, new = ids(claim(store, limit=20)), take(freshest, 20)
+    assert old == [f"{number:03}" for number in range(20)]
+    assert new == [f"{number:03}" for number in range(40, 60)]
