@@ -59,17 +59,22 @@ def outbox_schema(outbox_under_test: Outbox) -> Iterator[Outbox]:
 
 
 @pytest.fixture
-def outbox_clean(request: pytest.FixtureRequest) -> Outbox:
-    """The Outbox, with empty tables and, if that is in memory, an empty broker."""
+def outbox_clean(request: pytest.FixtureRequest) -> Iterator[Outbox]:
+    """The Outbox, with empty tables and, if that is in memory, an empty broker.
+
+    Nothing is published by itself, whatever ``outbox_publish_after_commit`` says.
+    """
+    from celery_outbox.testing import by_hand, empty
+
     outbox: Outbox
     if "outbox_in_memory" in request.fixturenames:
         outbox = request.getfixturevalue("outbox_in_memory")
-        return outbox
-    from celery_outbox.testing import empty
-
-    outbox = request.getfixturevalue("outbox_schema")
-    empty(outbox)
-    return outbox
+    else:
+        outbox = request.getfixturevalue("outbox_schema")
+    with by_hand(outbox):
+        if "outbox_in_memory" not in request.fixturenames:
+            empty(outbox)
+        yield outbox
 
 
 @pytest.fixture

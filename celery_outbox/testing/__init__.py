@@ -5,6 +5,7 @@ Nothing here imports pytest: what fails raises `AssertionError`.
 
 from celery_outbox.testing.app import outbox_named
 from celery_outbox.testing.faults import Faults, Killed
+from celery_outbox.testing.hand import by_hand
 from celery_outbox.testing.memory import in_memory
 from celery_outbox.testing.message import Expected, Message, expected
 from celery_outbox.testing.quiet import NotQuiet, Run, run_until_quiet
@@ -22,6 +23,7 @@ __all__ = [
     "Run",
     "Staged",
     "Time",
+    "by_hand",
     "empty",
     "expected",
     "in_memory",

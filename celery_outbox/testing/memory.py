@@ -17,7 +17,7 @@ from celery_outbox.testing.tables import empty
 __all__ = ["in_memory"]
 
 #: What an Outbox keeps of the database and the broker that it has met.
-_MET = ("engine", "store")
+_MET = ("engine", "store", "fast_path")
 
 
 @contextmanager

@@ -143,6 +143,30 @@ def test_all_fixtures_in_a_project_of_their_own(project: Project) -> None:
     assert "7 passed" in project.run()
 
 
+def test_an_app_that_publishes_by_itself_does_not_in_tests(project: Project) -> None:
+    _ini(project, "shop:outbox")
+    project.write("conftest.py", _CONFTEST)
+    project.write(
+        "test_shop.py",
+        """
+        from shop import app, outbox, place_order
+
+        app.conf.outbox_publish_after_commit = True
+
+        def test_staged(staged):
+            for number in range(20):
+                with staged.exactly("shop.charge", args=(number,)):
+                    place_order(number)
+            assert outbox.store.counts()["outgoing"] == 20
+
+        def test_relay(relay_all):
+            place_order(22)
+            assert relay_all().confirmed == 1
+        """,
+    )
+    assert "2 passed" in project.run()
+
+
 def test_in_memory_no_database_is_touched(tmp_path: Path) -> None:
     project = Project(tmp_path, "postgresql+psycopg://nobody@localhost:1/nothing")
     project.write(

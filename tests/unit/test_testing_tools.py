@@ -13,10 +13,12 @@ from celery_outbox.testing import (
     NotQuiet,
     Staged,
     Time,
+    by_hand,
     expected,
     in_memory,
     run_until_quiet,
 )
+from tests.support.waiting import wait_until
 from tests.unit.conftest import MakeShop
 from tests.unit.shop import Base, Customer, Purpose, Shop, add_customer, failing_on_purpose
 
@@ -308,3 +310,30 @@ def test_afterwards_the_app_has_its_database_and_broker_again(shop: Shop) -> Non
     assert shop.stored() == ["outside"]
     assert shop.outbox.relay_all().confirmed == 1
     assert shop.published() == ["shop.notify"]
+
+
+# By hand
+
+
+def test_nothing_is_published_by_itself(memory_shop: Shop) -> None:
+    shop = memory_shop
+    shop.app.conf.outbox_publish_after_commit = True
+    with by_hand(shop.outbox):
+        shop.notify.delay("m")
+        shop.outbox.fast_path.stop()  # nothing is on its way
+        assert shop.stored() == ["m"]
+        assert shop.outbox.relay_all().confirmed == 1
+    shop.notify.delay("n")
+    wait_until(lambda: not shop.stored(), 20, "published by itself")
+    shop.outbox.fast_path.stop()
+
+
+def test_nothing_is_published_by_itself_in_memory(memory_shop: Shop) -> None:
+    memory_shop.app.conf.outbox_publish_after_commit = True
+    with in_memory(memory_shop.outbox, Base.metadata) as outbox:
+        with memory_shop.Session.begin() as session:
+            add_customer(session)
+            memory_shop.notify.delay("m")
+        outbox.fast_path.stop()
+        assert outbox.store.counts()["outgoing"] == 1
+        assert run_until_quiet(outbox).tasks == ["shop.notify"]
