@@ -109,6 +109,8 @@ class Site:
     def close(self) -> None:
         """End the processes, and the connections of this one."""
         self._processes.close()
+        if self.setup.settings.get("outbox_publish_after_commit"):
+            self.outbox.fast_path.stop()
         # Results that are collected later must not look for a server that is gone.
         self.app.backend.remove_pending_result = lambda result: None
         self.app.close()

@@ -65,6 +65,11 @@ class Project:
     def write(self, name: str, code: str) -> None:
         (self._folder / name).write_text(dedent(code))
 
+    def configure(self, setting: str) -> None:
+        """Let the shop have a setting."""
+        shop = (self._folder / "shop.py").read_text()
+        self.write("shop.py", shop.replace("outbox = ", f"app.conf.{setting}\noutbox = "))
+
     def run(self, *arguments: str, plugins: tuple[str, ...] = ("_celery_outbox_pytest",)) -> str:
         """Run its tests; return what pytest says, with the exit code as the last line."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -145,15 +150,15 @@ def test_all_fixtures_in_a_project_of_their_own(project: Project) -> None:
 
 def test_an_app_that_publishes_by_itself_does_not_in_tests(project: Project) -> None:
     _ini(project, "shop:outbox")
+    project.configure("outbox_publish_after_commit = True")
     project.write("conftest.py", _CONFTEST)
     project.write(
         "test_shop.py",
         """
-        from shop import app, outbox, place_order
-
-        app.conf.outbox_publish_after_commit = True
+        from shop import outbox, place_order
 
         def test_staged(staged):
+            assert outbox.config.publish_after_commit
             for number in range(20):
                 with staged.exactly("shop.charge", args=(number,)):
                     place_order(number)

@@ -1,5 +1,6 @@
 """What the fixtures do: staged messages, time, faults, until quiet."""
 
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -26,7 +27,18 @@ from tests.unit.shop import Base, Customer, Purpose, Shop, add_customer, failing
 @pytest.fixture
 def memory_shop(make_shop: MakeShop, database_url: str) -> Shop:
     """A shop on each database, with a broker in memory."""
-    shop = make_shop(database_url)
+    return _in_memory(make_shop(database_url))
+
+
+@pytest.fixture
+def fast_shop(make_shop: MakeShop, database_url: str) -> Iterator[Shop]:
+    """The same, and it publishes by itself."""
+    shop = _in_memory(make_shop(database_url, outbox_publish_after_commit=True))
+    yield shop
+    shop.outbox.fast_path.stop()
+
+
+def _in_memory(shop: Shop) -> Shop:
     shop.app.conf.update(broker_url="memory://", result_backend="cache+memory://")
     shop.app.conf.task_default_queue = f"queue-{shop.broker_name}"
     return shop
@@ -315,9 +327,8 @@ def test_afterwards_the_app_has_its_database_and_broker_again(shop: Shop) -> Non
 # By hand
 
 
-def test_nothing_is_published_by_itself(memory_shop: Shop) -> None:
-    shop = memory_shop
-    shop.app.conf.outbox_publish_after_commit = True
+def test_nothing_is_published_by_itself(fast_shop: Shop) -> None:
+    shop = fast_shop
     with by_hand(shop.outbox):
         shop.notify.delay("m")
         shop.outbox.fast_path.stop()  # nothing is on its way
@@ -325,15 +336,13 @@ def test_nothing_is_published_by_itself(memory_shop: Shop) -> None:
         assert shop.outbox.relay_all().confirmed == 1
     shop.notify.delay("n")
     wait_until(lambda: not shop.stored(), 20, "published by itself")
-    shop.outbox.fast_path.stop()
 
 
-def test_nothing_is_published_by_itself_in_memory(memory_shop: Shop) -> None:
-    memory_shop.app.conf.outbox_publish_after_commit = True
-    with in_memory(memory_shop.outbox, Base.metadata) as outbox:
-        with memory_shop.Session.begin() as session:
+def test_nothing_is_published_by_itself_in_memory(fast_shop: Shop) -> None:
+    with in_memory(fast_shop.outbox, Base.metadata) as outbox:
+        with fast_shop.Session.begin() as session:
             add_customer(session)
-            memory_shop.notify.delay("m")
+            fast_shop.notify.delay("m")
         outbox.fast_path.stop()
         assert outbox.store.counts()["outgoing"] == 1
         assert run_until_quiet(outbox).tasks == ["shop.notify"]
