@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -16,6 +15,7 @@ from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_outbox import events
+from celery_outbox.relay.breaker import Breaker
 from celery_outbox.relay.loop import Relay
 from celery_outbox.storage.store import FreshestFirst, Store
 
@@ -32,7 +32,7 @@ _OPEN_FOR = 5.0
 #: The pauses between two looks at transactions that are open, the first and the longest.
 _SHORTEST_LOOK = 0.0005
 _LONGEST_LOOK = 0.05
-#: The pauses after the broker, or the database, was away.
+#: The pauses after the database was away.
 _SHORTEST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
 #: How long the end of the process waits for the batch in hand.
@@ -83,17 +83,17 @@ class FastPath:
         self._store: FreshestFirst | None = None
         self._looked_at = 0.0
         self._paused_until = 0.0
-        self._failures = 0
+        self._database = Breaker(base=_SHORTEST_PAUSE, cap=_LONGEST_PAUSE)
 
     # In the threads that send
 
-    def staged(self, connection: Connection, count: int) -> bool:
-        """Take note of `count` rows that were inserted in the connection's transaction.
+    def takes(self, connection: Connection, count: int) -> bool:
+        """Take note of `count` rows that are about to be inserted in the connection's transaction.
 
         Never waits. False: they are left to the relays, which may want to be woken.
         """
         transaction = connection.get_transaction()
-        if transaction is None or count == 0:
+        if transaction is None:
             return False
         now = time.monotonic()
         if self._told.empty():
@@ -154,38 +154,37 @@ class FastPath:
     def _run(self) -> None:
         try:
             self._store = self._make_store()
-            self._relay = self._make_relay(self._store)
+            self._relay = relay = self._make_relay(self._store)
         except Exception:
             self._is_off = True
             logger.exception("nothing is published after the commit: the relays do it")
             return
         try:
-            while self._listen():
-                if count := self._committed():
-                    self._publish(count)
+            is_told_to_stop = False
+            while not is_told_to_stop:
+                is_told_to_stop = self._listen(relay)
+                # What has committed is published, also at the end; what is open then is left.
+                self._publish(relay, self._committed())
+            relay.end()
         finally:
-            self._relay.close()
+            relay.close()
             self._store.engine.dispose()
 
-    def _listen(self) -> bool:
-        """Wait for an insert, or for the next look at an open transaction. False: told to stop."""
-        if self._told.empty() and self._open:
+    def _listen(self, relay: Relay) -> bool:
+        """Wait until there is something to do: an insert, an open transaction. True: told to stop."""
+        pause = _LONGEST_LOOK if relay.is_waiting else None
+        if self._open and self._told.empty():
             waited = time.monotonic() - self._open[-1].at
             pause = max(_SHORTEST_LOOK, min(waited, _LONGEST_LOOK))
-        else:
-            pause = None
         try:
             told = self._told.get(timeout=pause)
             while told is not None:
                 self._open.append(told)
                 told = self._told.get(block=False)
+            return True
         except Empty:
             self._looked_at = time.monotonic()
-            return True
-        # What has committed is still published; the process ends with what is open.
-        if count := self._committed():
-            self._publish(count)
-        return False
+            return False
 
     def _committed(self) -> int:
         """Return how many rows are in transactions that have ended since the last look."""
@@ -202,32 +201,32 @@ class FastPath:
         self._open = still_open
         return count
 
-    def _publish(self, count: int) -> None:
-        assert self._relay is not None
+    def _publish(self, relay: Relay, count: int) -> None:
+        """Publish up to `count` rows, and settle what was still under way."""
         assert self._store is not None
-        if time.monotonic() < self._paused_until:
-            events.emit(events.LEFT_TO_RELAY, count=count)
+        if not count and not relay.is_waiting:
             return
         try:
-            while count > 0:
+            is_claimed = True
+            while is_claimed and not self._pause(relay):
                 self._store.wanted = count
-                tally = self._relay.once()
-                # Rolled back, or taken by a relay, what is not there.
-                count = count - tally.claimed if tally.claimed else 0
-                if self._relay.is_in_trouble:
-                    self._pause()
-                    return
-            self._failures = 0
+                tally = relay.once()
+                # What is not there was rolled back, or a relay has it.
+                is_claimed = 0 < tally.claimed < count
+                count -= tally.claimed
+            self._database.succeeded()
         except SQLAlchemyError as exc:
             logger.error("the database is away: %s", exc)
-            self._pause()
+            self._database.failed()
         except Exception:
             logger.exception("a batch was not ended, and will be taken again after its lease")
-            self._relay.close()
-            self._pause()
+            relay.close()
+            self._database.failed()
+        if pause := self._pause(relay):
+            self._paused_until = time.monotonic() + pause
+            if count > 0:
+                events.emit(events.LEFT_TO_RELAY, count=count)
 
-    def _pause(self) -> None:
-        """Leave everything to the relays for a while, which grows with each failure in a row."""
-        self._failures += 1
-        longest = min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2.0 ** min(self._failures, 16))
-        self._paused_until = time.monotonic() + longest * random.uniform(0.5, 1.0)
+    def _pause(self, relay: Relay) -> float:
+        """For how many seconds everything is left to the relays."""
+        return max(relay.pause, self._database.seconds_left)

@@ -146,7 +146,7 @@ class Relay:
         try:
             while not stop.is_set():
                 self._go_on(stop, wake_up)
-            self._end()
+            self.end()
         finally:
             wake_up.close()
             self.close()
@@ -180,7 +180,7 @@ class Relay:
         ):
             stop.wait(pause)
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Settle what is still under way, and give back what was not begun."""
         try:
             self._give_back_next()
@@ -208,9 +208,14 @@ class Relay:
             pass
 
     @property
-    def is_in_trouble(self) -> bool:
-        """Whether the broker, or the database, was away when it was needed last."""
-        return bool(self._troubles)
+    def pause(self) -> float:
+        """For how many seconds the broker, which was away, is not to be asked again."""
+        return self._broker.seconds_left
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something is still under way, which the next `once` settles if it is answered."""
+        return bool(self._late)
 
     def close(self) -> None:
         """Drop the connection to the broker."""

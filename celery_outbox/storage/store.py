@@ -385,9 +385,9 @@ class FreshestFirst(Store):
 
     def claim(self, limit: int, lease_seconds: float) -> Batch:
         """Take up to `wanted` envelopes without an ordering key; each counts an attempt."""
-        return self._lease(
-            self.dialect.claim_freshest, min(limit, self.wanted), lease_seconds
-        )
+        if not self.wanted:
+            return Batch("", None, [])
+        return self._lease(self.dialect.claim_freshest, min(limit, self.wanted), lease_seconds)
 
 
 def row_of(envelope: Envelope) -> Mapping[str, Any]:

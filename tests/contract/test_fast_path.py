@@ -1,10 +1,12 @@
 """The store's part in the fast path: it tells of what it stages, and claims the newest first."""
 
+import select
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, update
+from sqlalchemy import select as select_
 
 from celery_outbox.storage.store import FreshestFirst, Settlement, Store, row_of
 from tests.contract.test_outgoing import claim, envelope, ids, stage, stored
@@ -82,13 +84,14 @@ def test_what_has_a_turn_is_left_to_the_relays(store: Store, freshest: FreshestF
     assert ids(claim(store)) == ["first"]
 
 
-def test_the_store_tells_of_what_a_relay_could_publish_at_once(store: Store) -> None:
+def test_the_store_tells_of_what_could_be_published_at_once(store: Store) -> None:
     told: list[tuple[Any, int]] = []
 
-    def hear(connection: Connection, count: int) -> None:
+    def hear(connection: Connection, count: int) -> bool:
         told.append((connection.get_transaction(), count))
+        return True
 
-    store.on_staged = hear
+    store.on_stage = hear
     with store.engine.connect() as connection:
         transaction = connection.begin()
         later = envelope("later", due_at=NOW + timedelta(hours=1))
@@ -96,9 +99,41 @@ def test_the_store_tells_of_what_a_relay_could_publish_at_once(store: Store) -> 
         rows = [row_of(each) for each in (envelope("a"), later, envelope("b"), ordered)]
         store.stage(connection, rows)
         assert told == [(transaction, 2)]
+        store.stage(connection, [row_of(later), row_of(ordered)])
+        assert told == [(transaction, 2)]
         transaction.rollback()
     store.stage_alone(row_of(envelope("alone")))
     assert [count for _, count in told] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("taken", "rows", "woken"),
+    [
+        (True, ["a", "b"], False),
+        (True, ["a", "later"], True),
+        (True, ["ordered"], True),
+        (False, ["a"], True),
+    ],
+)
+def test_no_relay_is_woken_for_what_this_process_publishes(
+    store: Store, taken: bool, rows: list[str], woken: bool
+) -> None:
+    """P9. Only PostgreSQL tells of commits at all."""
+    listener = store.listen()
+    if listener is None:
+        assert store.dialect.name != "postgresql"
+        return
+    changes: dict[str, dict[str, Any]] = {
+        "later": {"due_at": NOW + timedelta(hours=1)},
+        "ordered": {"ordering_key": "k"},
+    }
+    store.on_stage = lambda connection, count: taken
+    with store.engine.begin() as connection:
+        envelopes = [envelope(label, **changes.get(label, {})) for label in rows]
+        store.stage(connection, [row_of(each) for each in envelopes])
+    readable, _, _ = select.select([listener], [], [], 1.0 if not woken else 20.0)
+    assert bool(readable) is woken
+    listener.close()
 
 
 def test_it_begins_after_the_others_end_where_the_backlog_is_long(
@@ -108,7 +143,7 @@ def test_it_begins_after_the_others_end_where_the_backlog_is_long(
     stage(store, *(f"{number:03}" for number in range(60)))
     outbox = store.tables.outbox
     with store.engine.begin() as connection:
-        for number, row in enumerate(connection.execute(select(outbox.c.id)).scalars().all()):
+        for number, row in enumerate(connection.execute(select_(outbox.c.id)).scalars().all()):
             connection.execute(
                 update(outbox)
                 .where(outbox.c.id == row)
