@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 from celery import Task
@@ -77,8 +77,6 @@ logger = logging.getLogger("celery_outbox")
 RELAY_TASK = "celery_outbox.relay"
 BEAT_ENTRY = "celery-outbox-relay"
 _SHORTEST_EXPIRY = 5.0
-
-AnyStore = TypeVar("AnyStore", bound=Store)
 
 Target: TypeAlias = (
     "sessionmaker[Any] | scoped_session[Any] | async_sessionmaker[Any] | Engine | AsyncEngine | str"
@@ -213,15 +211,13 @@ class Outbox:
         store.on_stage = self._takes
         return store
 
-    def _make_store(self, engine: Engine, kind: type[AnyStore] = Store) -> AnyStore:
-        return kind(engine, self.tables, notifies=self.config.notify)
+    def _make_store(self, engine: Engine) -> Store:
+        return Store(engine, self.tables, notifies=self.config.notify)
 
     @cached_property
     def fast_path(self) -> FastPath:
         """What publishes after the commit, with ``outbox_publish_after_commit``."""
-        path = FastPath(
-            lambda: self._make_store(twin_of(self.engine), FreshestFirst), self._make_relay
-        )
+        path = FastPath(lambda: FreshestFirst(twin_of(self.engine), self.tables), self._make_relay)
         if not has_twin(self.engine):
             path.stop()
         return path

@@ -1,4 +1,4 @@
-"""FastPath: the process that sent a message publishes it, from a thread of its own, after the commit."""
+"""FastPath: the process that sent a message publishes it after the commit, from a thread of its own."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ _LONGEST_LOOK = 0.05
 #: The pauses after the database was away.
 _SHORTEST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
+#: How long the connections are kept while nothing is sent.
+_IDLE_AFTER = 30.0
 #: How long the end of the process waits for the batch in hand.
 _PATIENCE = 5.0
 
@@ -43,7 +45,7 @@ class _Told(NamedTuple):
     """An insert: the transaction that it is part of, how many rows, and when."""
 
     transaction: ref[RootTransaction]
-    count: int
+    rows: int
     at: float
 
     def is_over(self) -> bool:
@@ -81,6 +83,7 @@ class FastPath:
         self._starting = Lock()
         self._relay: Relay | None = None
         self._store: FreshestFirst | None = None
+        self._is_connected = False
         self._looked_at = 0.0
         self._paused_until = 0.0
         self._database = Breaker(base=_SHORTEST_PAUSE, cap=_LONGEST_PAUSE)
@@ -167,12 +170,13 @@ class FastPath:
                 self._publish(relay, self._committed())
             relay.end()
         finally:
-            relay.close()
-            self._store.engine.dispose()
+            self._disconnect(relay)
 
     def _listen(self, relay: Relay) -> bool:
         """Wait until there is something to do: an insert, an open transaction. True: told to stop."""
-        pause = _LONGEST_LOOK if relay.is_waiting else None
+        pause = _IDLE_AFTER if self._is_connected else None
+        if relay.is_waiting:
+            pause = _LONGEST_LOOK
         if self._open and self._told.empty():
             waited = time.monotonic() - self._open[-1].at
             pause = max(_SHORTEST_LOOK, min(waited, _LONGEST_LOOK))
@@ -184,7 +188,16 @@ class FastPath:
             return True
         except Empty:
             self._looked_at = time.monotonic()
+            if pause == _IDLE_AFTER and not self._open:
+                self._disconnect(relay)
             return False
+
+    def _disconnect(self, relay: Relay) -> None:
+        """A connection that is not in use is cut by others, who tell nobody, and costs the servers."""
+        assert self._store is not None
+        relay.close()
+        self._store.engine.dispose()
+        self._is_connected = False
 
     def _committed(self) -> int:
         """Return how many rows are in transactions that have ended since the last look."""
@@ -193,11 +206,11 @@ class FastPath:
         oldest = time.monotonic() - _OPEN_FOR
         for told in self._open:
             if told.is_over():
-                count += told.count
+                count += told.rows
             elif told.at > oldest:
                 still_open.append(told)
             else:
-                events.emit(events.LEFT_TO_RELAY, count=told.count)
+                events.emit(events.LEFT_TO_RELAY, count=told.rows)
         self._open = still_open
         return count
 
@@ -206,6 +219,7 @@ class FastPath:
         assert self._store is not None
         if not count and not relay.is_waiting:
             return
+        self._is_connected = True
         try:
             is_claimed = True
             while is_claimed and not self._pause(relay):

@@ -12,7 +12,14 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from celery_outbox.errors import ConfigurationError
 from celery_outbox.storage.asynchronous import AsyncEngine, async_sessionmaker
 
-__all__ = ["engine_from_url", "engine_of", "has_twin", "is_same_database", "twin_of", "working_engine_of"]
+__all__ = [
+    "engine_from_url",
+    "engine_of",
+    "has_twin",
+    "is_same_database",
+    "twin_of",
+    "working_engine_of",
+]
 
 #: Drivers that only work in an event loop, and those that reach the same database without one.
 _SYNCHRONOUS = {
@@ -81,7 +88,9 @@ def twin_of(engine: Engine) -> Engine:
 
     A database that lives in its connection alone (SQLite's in memory) has no twin but itself.
     """
-    return Engine(engine.pool.recreate(), engine.dialect, engine.url) if has_twin(engine) else engine
+    return (
+        Engine(engine.pool.recreate(), engine.dialect, engine.url) if has_twin(engine) else engine
+    )
 
 
 def has_twin(engine: Engine) -> bool:

@@ -148,9 +148,7 @@ class Store:
             schema.compare(self.engine, self.tables)
             raise
 
-    def _is_taken_care_of(
-        self, connection: Connection, rows: Sequence[Mapping[str, Any]]
-    ) -> bool:
+    def _is_taken_care_of(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether this process publishes all of `rows` when they are committed."""
         if self.on_stage is None:
             return False

@@ -12,7 +12,7 @@ __all__ = ["by_hand"]
 
 @contextmanager
 def by_hand(outbox: Outbox) -> Iterator[None]:
-    """Let this process publish nothing after a commit in the block (``outbox_publish_after_commit``)."""
+    """For a block, let ``outbox_publish_after_commit`` be off: the test says when to publish."""
     outbox.fast_path.stop()
     try:
         yield

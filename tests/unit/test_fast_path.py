@@ -41,12 +41,16 @@ class Broker(Publisher):
         self.gate.set()
         self.waiting = threading.Event()
         self.tries = 0
+        self.closed = 0
         self.taken: list[str] = []
 
     def open(self) -> None:
         self.tries += 1
         if self.away:
             raise ConnectionRefusedError("away, says the test")
+
+    def close(self) -> None:
+        self.closed += 1
 
     def publish(
         self, batch: Sequence[tuple[int, Envelope]], meanwhile: Meanwhile = nothing
@@ -217,10 +221,26 @@ def test_many_threads_send(postgresql_fast: Fast) -> None:
         thread.join()
     # What the thread was not told in time is a relay's; nothing is published twice.
     wait_until(
-        lambda: len(postgresql_fast.shop.stored()) == postgresql_fast.left, 20, "all but what is left"
+        lambda: len(postgresql_fast.shop.stored()) == postgresql_fast.left,
+        20,
+        "all but what is left",
     )
     taken = postgresql_fast.broker.taken
     assert len(taken) == len(set(taken)) == 80 - postgresql_fast.left
+
+
+def test_a_process_that_sends_nothing_keeps_no_connection(
+    make_fast: Callable[[str], Fast], sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall would cut it and tell nobody, and the next message would wait for a timeout."""
+    monkeypatch.setattr(after_commit, "_IDLE_AFTER", 0.1)
+    fast = make_fast(sqlite_url)
+    fast.send("a")
+    fast.wait_published(1)
+    wait_until(lambda: fast.broker.closed == 1, 20, "the connection's end")
+    fast.send("b")
+    fast.wait_published(2)
+    wait_until(lambda: fast.broker.closed == 2, 20, "the connection's end")
 
 
 # When it does not
@@ -300,7 +320,7 @@ def test_a_process_in_which_threads_never_run_loses_nothing(
 ) -> None:
     """As in uWSGI without enable-threads."""
     monkeypatch.setattr(after_commit, "_BEHIND_AFTER", 0.05)
-    monkeypatch.setattr(after_commit.Thread, "start", lambda thread: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     fast = make_fast(sqlite_url)
     fast.send("first")
     time.sleep(0.1)
@@ -317,7 +337,7 @@ def test_a_system_without_a_thread_to_spare_leaves_it_to_the_relays(
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(after_commit.Thread, "start", refuse)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     fast = make_fast(sqlite_url)
     fast.send("a")
     fast.send("b")

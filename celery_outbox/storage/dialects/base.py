@@ -20,6 +20,7 @@ from sqlalchemy import (
     Integer,
     Row,
     Select,
+    String,
     Table,
     bindparam,
     func,
@@ -130,8 +131,12 @@ class Dialect:
                 .order_by(columns.available_at.desc(), columns.id.desc())
                 .limit(bindparam("places", type_=Integer))
             ).cte("due")
-            lease, proof = bindparam("lease", type_=Float), bindparam("token")
-            self._freshest = self._taken(outbox, select(due.c.id), lease, proof)
+            self._freshest = self._taken(
+                outbox,
+                select(due.c.id),
+                bindparam("lease", type_=Float),
+                bindparam("token", type_=String),
+            )
         values = {"places": limit, "lease": lease_seconds, "token": token}
         return connection.execute(self._freshest, values).all()
 
