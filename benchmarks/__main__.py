@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import relay, send, servicebus, worker
+from benchmarks import after_commit, relay, send, servicebus, worker
 from tests.support.servers import PostgreSQL, RabbitMQ
 
 TABLES = {
+    "after_commit": after_commit.table,
     "relay": relay.table,
     "send": send.table,
     "worker": worker.table,
