@@ -191,6 +191,24 @@ def test_a_lease_ends_by_itself(store: Store) -> None:
     assert first.token != second.token
 
 
+@pytest.mark.parametrize("claim_of", ["claim", "claim_freshest"])
+def test_a_claims_commit_does_not_wait_for_the_disk_and_no_other_does_not(
+    store: Store, database: Database, claim_of: str
+) -> None:
+    """A commit of the app's, or a settle, is durable when it returns."""
+    if database.name != "postgresql":
+        assert store.dialect.not_awaited() == ()
+        return
+    stage(store, "m")
+    how = {"limit": 1, "lease_seconds": 60, "token": "t"}
+    with store.engine.connect() as connection:
+        assert len(getattr(store.dialect, claim_of)(connection, store.tables.outbox, **how)) == 1
+        shown = connection.exec_driver_sql("SHOW synchronous_commit").scalar_one()
+        connection.commit()
+        assert shown == "off"
+        assert connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == "on"
+
+
 def test_each_claim_counts_an_attempt(store: Store) -> None:
     stage(store, "m")
     for attempt in (1, 2, 3):

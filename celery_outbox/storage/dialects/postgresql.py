@@ -51,6 +51,10 @@ class PostgreSQL(Dialect):
         # One parameter, where IN has one for each: composing those costs more than the deletes.
         return column == any_(bindparam(None, list(ids), type_=ARRAY(BigInteger)))
 
+    def not_awaited(self) -> Sequence[ColumnElement[Any]]:
+        # For this transaction only. What settles the batch waits, and with it all that was before.
+        return (func.set_config("synchronous_commit", "off", True),)
+
     def lock_keys(self, connection: Connection, keys: Sequence[str]) -> None:
         # In one order, or two transactions with the same keys could wait for each other.
         locks = sorted({lock_of("order", key) for key in keys})
