@@ -32,6 +32,7 @@ _OPEN_FOR = 5.0
 #: The pauses between two looks at transactions that are open, the first and the longest.
 _SHORTEST_LOOK = 0.0005
 _LONGEST_LOOK = 0.05
+_LOOKS = 8
 #: The pauses after the database was away.
 _SHORTEST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
@@ -178,8 +179,9 @@ class FastPath:
         if relay.is_waiting:
             pause = _LONGEST_LOOK
         if self._open and self._told.empty():
+            # Late by a part of what the commit takes at most.
             waited = time.monotonic() - self._open[-1].at
-            pause = max(_SHORTEST_LOOK, min(waited, _LONGEST_LOOK))
+            pause = min(max(_SHORTEST_LOOK, waited / _LOOKS), _LONGEST_LOOK)
         try:
             told = self._told.get(timeout=pause)
             while told is not None:
