@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_outbox.errors import ConfigurationError
 from celery_outbox.inbox.chords import check_chords, keep_chords
 from celery_outbox.inbox.installation import installed_in
+from celery_outbox.inbox.redelivery import redelivery_window
 from celery_outbox.inbox.task import DurableTask
 from celery_outbox.relay.publishers import is_servicebus
 from celery_outbox.storage import schema
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from celery_outbox.inbox.installation import Installation
 
-__all__ = ["WorkerChecks", "check"]
+__all__ = ["WorkerChecks", "check", "check_task"]
 
 logger = logging.getLogger("celery_outbox")
 
@@ -36,12 +37,30 @@ def check(app: Celery, installation: Installation) -> None:
         schema.verify(store.engine, store.tables)
     except DBAPIError as exc:
         logger.error("the outbox's database can't be asked for its tables: %s", exc.orig)
+    _check_retention(app, installation)
     for task in app.tasks.values():
         if isinstance(task, DurableTask):
-            _check_task(task)
+            check_task(task)
 
 
-def _check_task(task: DurableTask) -> None:
+def _check_retention(app: Celery, installation: Installation) -> None:
+    """The inbox must remember for longer than the broker can deliver the same message again."""
+    retention = installation.config.inbox_retention_seconds
+    window = redelivery_window(app, installation.config)
+    if window is None or retention > window.seconds:
+        return
+    wrong = (
+        f"outbox_inbox_retention_seconds={retention:g} is not longer than the {window.seconds:g} s "
+        f"after which the broker may deliver a message again, by {window.reason}: a duplicate that "
+        "the inbox has forgotten would be executed"
+    )
+    if window.is_certain:
+        raise ConfigurationError(wrong)
+    logger.warning("%s; say what holds with outbox_redelivery_window_seconds", wrong)
+
+
+def check_task(task: DurableTask) -> None:
+    """Raise `ConfigurationError` if the task would be acknowledged before its commit."""
     if not task.inbox:
         return
     for option in ("acks_late", "reject_on_worker_lost"):

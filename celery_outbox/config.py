@@ -62,6 +62,10 @@ class Config:
     notify: bool = True
     #: How long the inbox remembers what it handled; longer than the broker can redeliver.
     inbox_retention_seconds: float = 7 * 24 * 3600.0
+    #: How long after a delivery the broker may deliver again; None: what is known of its kind.
+    redelivery_window_seconds: float | None = None
+    #: How long dead letters are kept; None: until somebody replays or discards them.
+    dead_letter_retention_seconds: float | None = None
     #: How long a worker waits before it gives a message back whose first execution still runs, or
     #: whose database is away.
     busy_pause_seconds: float = 1.0
@@ -81,6 +85,8 @@ class Config:
                 raise _wrong(name, value, "a whole number of at least 1")
         for name in _SECONDS:
             value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise _wrong(name, value, "a number of seconds")
             if not 0 <= value < inf:  # NaN is neither
@@ -140,9 +146,9 @@ class Config:
         return cls(**given)
 
 
-_SWITCHES = tuple(f.name for f in fields(Config) if f.type == "bool")
 _SECONDS = tuple(f.name for f in fields(Config) if f.name.endswith("_seconds"))
 _SWITCHES = tuple(f.name for f in fields(Config) if isinstance(f.default, bool))
+_MAY_BE_NONE = ("redelivery_window_seconds", "dead_letter_retention_seconds")
 _MAY_BE_ZERO = ("relay_tick_seconds", "backoff_base_seconds", "busy_pause_seconds")
 
 

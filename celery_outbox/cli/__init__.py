@@ -13,6 +13,7 @@ from celery.bin.base import handle_preload_options
 
 from celery_outbox.cli import (
     dead_letters,
+    doctor,
     messages,
     relay,
     scheduled,
@@ -35,6 +36,7 @@ def outbox(ctx: click.Context) -> None:
 for _command in (
     relay.relay,
     status.status,
+    doctor.doctor,
     messages.list_messages,
     messages.show,
     messages.cancel,

@@ -75,6 +75,8 @@ WRONG: dict[str, list[Any]] = {
     "backoff_cap_seconds": [0, -1, "1"],
     "poll_seconds": [0, -1, "1"],
     "inbox_retention_seconds": [0, -1, "1"],
+    "redelivery_window_seconds": [0, -1, "1"],
+    "dead_letter_retention_seconds": [0, -1, "1"],
     "busy_pause_seconds": [-1, "1"],
     "redeliver_after_seconds": [0, -1, "1"],
     "database_url": [7, True],

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from celery_outbox.cli import outbox as command
+from celery_outbox.doctor.examination import CHECKS
 from celery_outbox.storage.store import Settlement
 from tests.docs.markdown import DOCS, Listing, listings, name_of
 from tests.unit.shop import Shop
@@ -96,5 +97,10 @@ def test_there_are_pages_for_all_groups() -> None:
 def test_pages_are_named_after_what_they_tell_of() -> None:
     assert {name_of(each.page) for each in LISTINGS} >= {
         f"docs/commands/{page}.md"
-        for page in ("storage", "messages", "dead-letters", "scheduled", "status")
+        for page in ("storage", "messages", "dead-letters", "scheduled", "status", "doctor")
     }
+
+
+def test_the_page_of_the_doctor_tells_of_each_check() -> None:
+    page = (DOCS / "commands" / "doctor.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE) == [each.name for each in CHECKS]
