@@ -26,6 +26,7 @@ LEASE_LOST: Final = "lease_lost"  # count: another relay has taken them since
 DEAD: Final = "dead_letter"  # task, task_id, error
 STALLED: Final = "stalled"  # destination, error: it takes nothing, and is left alone for a while
 BROKER_AWAY: Final = "broker_away"  # error
+PRUNED: Final = "pruned"  # table, count
 # Incoming.
 HANDLING: Final = "handling"  # key: the inbox row is claimed, the body will run
 COMMITTING: Final = "committing"  # key, state: just before the one commit

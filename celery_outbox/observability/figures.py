@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
+from sqlalchemy import func, select
+
+from celery_outbox.storage.relays import Relays
 
 if TYPE_CHECKING:
     from celery_outbox.storage.store import Store
 
 __all__ = ["Figures", "read_figures"]
+
+_LATELY_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +27,17 @@ class Figures:
     #: For how long the longest waiting message could have been taken by a relay, by the database's
     #: clock. It grows when no relay runs, or none keeps pace; 0: nobody waits.
     lag_seconds: float
+    #: Relays that have given a sign of life lately. 0 says nothing of beat's first ten seconds.
+    relays: int = 0
+    #: Messages that these relays have published lately, per second.
+    published_per_second: float = 0.0
+    #: Executions that workers have recorded in the last minute, per second.
+    handled_per_second: float = 0.0
 
 
 def read_figures(store: Store) -> Figures:
-    """Read them, in transactions of its own. The counts read the whole outbox table, the lag an index.
+    """Read them, in transactions of its own. The counts read the whole outbox table, the rest
+    indexes.
 
     Raises SQLAlchemy's errors when the database is away.
     """
@@ -35,4 +46,18 @@ def read_figures(store: Store) -> Figures:
     with store.engine.connect() as connection:
         row = connection.execute(oldest.order_by(available).limit(1)).first()
     lag = 0.0 if row is None else (row.now - row.available_at).total_seconds()
-    return Figures(store.counts(), lag)
+    alive = [relay for relay in Relays(store.engine, store.tables).all() if relay.is_alive]
+    return Figures(
+        store.counts(),
+        lag,
+        relays=len(alive),
+        published_per_second=sum(relay.per_second for relay in alive),
+        handled_per_second=_handled_per_second(store),
+    )
+
+
+def _handled_per_second(store: Store) -> float:
+    handled = store.tables.inbox.c.handled_at
+    lately = select(func.count()).where(handled > store.dialect.after(-_LATELY_SECONDS))
+    with store.engine.connect() as connection:
+        return connection.execute(lately).scalar_one() / _LATELY_SECONDS

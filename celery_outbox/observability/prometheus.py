@@ -37,11 +37,11 @@ class OutboxCollector(Collector):
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Say what there will be without asking the database, which may be away at the start."""
-        yield from (_up(), _messages(), _lag())
+        yield from (_up(), _messages(), _lag(), _relays())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Read the database."""
-        up, messages, lag = _up(), _messages(), _lag()
+        up, messages, lag, relays = _up(), _messages(), _lag(), _relays()
         try:
             figures = read_figures(self._outbox.store)
         except SQLAlchemyError as exc:
@@ -53,7 +53,8 @@ class OutboxCollector(Collector):
         for state, count in figures.messages.items():
             messages.add_metric([state], count)
         lag.add_metric([], figures.lag_seconds)
-        yield from (up, messages, lag)
+        relays.add_metric([], figures.relays)
+        yield from (up, messages, lag, relays)
 
 
 def _up() -> GaugeMetricFamily:
@@ -69,6 +70,12 @@ def _messages() -> GaugeMetricFamily:
 def _lag() -> GaugeMetricFamily:
     return GaugeMetricFamily(
         "celery_outbox_lag_seconds", "How long the oldest message that is due has waited."
+    )
+
+
+def _relays() -> GaugeMetricFamily:
+    return GaugeMetricFamily(
+        "celery_outbox_relays", "Relays that have given a sign of life in the last minute."
     )
 
 

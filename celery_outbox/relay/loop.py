@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from celery_outbox import events
 from celery_outbox.config import Config
 from celery_outbox.envelope import Envelope
 from celery_outbox.relay.breaker import Breaker, Breakers
+from celery_outbox.relay.housekeeping import Housekeeping
 from celery_outbox.relay.outcome import Outcome, Stalled, Undecided, UnderWay
 from celery_outbox.relay.publishers import Publisher
 from celery_outbox.relay.settlement import settlement_of
@@ -32,8 +32,6 @@ _LONGEST_PAUSE = 15.0
 #: The pauses between two tries to settle, the first and the longest.
 _SHORTEST_PAUSE = 0.05
 _LONGEST_SETTLE_PAUSE = 2.0
-_PRUNE_EVERY = 60.0
-_PRUNE_CHUNK = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class Relay:
         self._next: _Held | None = None
         self._late: list[_Held] = []
         self._wake_up: WakeUp | None = None
-        self._next_prune = time.monotonic() + random.random() * _PRUNE_EVERY
+        self._house = Housekeeping(store, config)
 
     def once(self) -> Tally:
         """Move one batch. Claims nothing while the broker is away.
@@ -147,6 +145,7 @@ class Relay:
             while not stop.is_set():
                 self._go_on(stop, wake_up)
             self.end()
+            self._house.end()
         finally:
             wake_up.close()
             self.close()
@@ -169,6 +168,7 @@ class Relay:
             self._database.succeeded()
         except SQLAlchemyError as exc:
             logger.error("the database is away: %s", exc)
+            self._house.failed(f"the database is away: {exc}")
             self._database.failed()
         except Exception:
             # Nothing that we know of; but what it is must not end the relay for all messages.
@@ -198,14 +198,8 @@ class Relay:
         return total
 
     def keep_house(self) -> None:
-        """Prune the inbox, in chunks, about once a minute."""
-        if time.monotonic() < self._next_prune:
-            return
-        self._next_prune = time.monotonic() + _PRUNE_EVERY
-        while self._store.prune_inbox(self._config.inbox_retention_seconds, _PRUNE_CHUNK) == (
-            _PRUNE_CHUNK
-        ):
-            pass
+        """Prune the tables and give a sign of life, when it is time to."""
+        self._house.keep()
 
     @property
     def pause(self) -> float:
@@ -310,9 +304,11 @@ class Relay:
         else:
             self._broker.succeeded()
         lost = self._write(held, settlement)
+        confirmed = len(settlement.confirmed) + len(settlement.kept)
+        self._house.count(confirmed=confirmed, dead=len(settlement.dead), lost=lost)
         return Tally(
             claimed=len(rows),
-            confirmed=len(settlement.confirmed) + len(settlement.kept),
+            confirmed=confirmed,
             retried=len(settlement.retried),
             dead=len(settlement.dead),
             released=len(settlement.released),
@@ -364,6 +360,7 @@ class Relay:
     def _broker_is_away(self, error: object) -> None:
         self._broker.failed()
         logger.error("the broker is away: %s", error)
+        self._house.failed(f"the broker is away: {error}")
         events.emit(events.BROKER_AWAY, error=str(error))
 
     _follows = False

@@ -402,6 +402,12 @@ class Administration:
         while count := store.prune_inbox(retention_seconds, chunk):
             yield count
 
+    def prune_dead_letters(self, retention_seconds: float, *, chunk: int = CHUNK) -> Iterator[int]:
+        """Delete dead letters that are older than the retention."""
+        store = Store(self.engine, self.tables)
+        while count := store.prune_dead_letters(retention_seconds, chunk):
+            yield count
+
 
 def _named(column: Column[str], pattern: str) -> ColumnElement[bool]:
     if not pattern.endswith("*"):

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    Column,
     Connection,
     Engine,
     Float,
@@ -331,17 +332,20 @@ class Store:
     def prune_inbox(self, retention_seconds: float, chunk: int = 1000) -> int:
         """Delete up to `chunk` inbox rows older than the retention; return how many."""
         inbox = self.tables.inbox
-        old = (
-            select(inbox.c.key)
-            .where(inbox.c.handled_at < self.dialect.after(-retention_seconds))
-            .order_by(inbox.c.handled_at)
-            .limit(chunk)
-        )
+        return self._prune(inbox.c.key, inbox.c.handled_at, retention_seconds, chunk)
+
+    def prune_dead_letters(self, retention_seconds: float, chunk: int = 1000) -> int:
+        """Delete up to `chunk` dead letters older than the retention; return how many."""
+        dead = self.tables.dead_letter
+        return self._prune(dead.c.id, dead.c.died_at, retention_seconds, chunk)
+
+    def _prune(self, key: Column[Any], since: Column[Any], seconds: float, chunk: int) -> int:
+        old = select(key).where(since < self.dialect.after(-seconds)).order_by(since).limit(chunk)
         with self.engine.begin() as connection:
             keys = connection.execute(self.dialect.skip_locked(old)).scalars().all()
             if not keys:
                 return 0
-            return connection.execute(delete(inbox).where(inbox.c.key.in_(keys))).rowcount
+            return connection.execute(delete(key.table).where(key.in_(keys))).rowcount
 
     def counts(self) -> dict[str, int]:
         """Return how many messages are in each state; "published" are kept until handled."""

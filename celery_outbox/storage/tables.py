@@ -1,4 +1,4 @@
-"""Tables: outbox, inbox, dead letters, beat's runs and the schema version, in SQLAlchemy Core."""
+"""Tables: outbox, inbox, dead letters, beat's runs, relays, the version; in SQLAlchemy Core."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sqlalchemy import (
     Connection,
     DateTime,
     Dialect,
+    Float,
     Index,
     Integer,
     LargeBinary,
@@ -127,6 +128,21 @@ class Tables:
             Column("last_run_at", UTCDateTime, nullable=False),
             Column("run_count", Integer, nullable=False),
         )
+        #: Which relays were seen alive, and how they fare (`celery_outbox.storage.relays`).
+        self.relay = table(
+            "outbox_relay",
+            Column("id", String(36), primary_key=True),
+            Column("host", String(NAME_LENGTH), nullable=False),
+            Column("pid", Integer, nullable=False),
+            Column("started_at", UTCDateTime, nullable=False),
+            Column("seen_at", UTCDateTime, nullable=False),
+            Column("confirmed", BigInteger, nullable=False),
+            Column("dead", BigInteger, nullable=False),
+            Column("lost", BigInteger, nullable=False),
+            Column("per_second", Float, nullable=False),
+            Column("last_error", Text),
+            Column("last_error_at", UTCDateTime),
+        )
         self.version = table("outbox_schema", Column("version", Integer, primary_key=True))
         event.listen(self.version, "after_create", self._write_version)
         outbox = self.outbox.c
@@ -144,6 +160,7 @@ class Tables:
         )
         Index(f"ix_{prefix}outbox_key", outbox.key)
         Index(f"ix_{prefix}inbox_handled", self.inbox.c.handled_at)
+        Index(f"ix_{prefix}outbox_dead_letter_died", self.dead_letter.c.died_at)
 
     def _write_version(self, _table: Table, connection: Connection, **_: Any) -> None:
         """Also when it is the app that creates its metadata's tables."""
@@ -151,7 +168,7 @@ class Tables:
 
     def all(self) -> list[Table]:
         """Return the tables in the order in which they are created."""
-        return [self.outbox, self.inbox, self.dead_letter, self.beat, self.version]
+        return [self.outbox, self.inbox, self.dead_letter, self.beat, self.relay, self.version]
 
 
 def _partial_index(name: str, *columns: Column[Any], where: ColumnElement[bool]) -> Index:

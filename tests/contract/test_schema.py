@@ -11,7 +11,7 @@ from celery_outbox.storage.tables import Tables
 from tests.contract.conftest import DATABASES, Database
 from tests.contract.test_outgoing import claim, ids, stage
 
-NAMES = {"outbox", "inbox", "outbox_dead_letter", "outbox_beat", "outbox_schema"}
+NAMES = {"outbox", "inbox", "outbox_dead_letter", "outbox_beat", "outbox_relay", "outbox_schema"}
 
 
 def run_script(engine: Engine, script: str) -> None:

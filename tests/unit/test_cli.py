@@ -53,8 +53,17 @@ def test_schema_create_makes_the_tables_and_names_them(bare_shop: Shop) -> None:
     """P18."""
     result = run(bare_shop.app, "schema", "create")
     assert result.exit_code == 0, result.output
-    assert table_names(bare_shop) >= {"outbox", "inbox", "outbox_beat", "outbox_schema"}
-    assert "outbox, inbox, outbox_dead_letter, outbox_beat, outbox_schema" in result.output
+    assert table_names(bare_shop) >= {
+        "outbox",
+        "inbox",
+        "outbox_beat",
+        "outbox_relay",
+        "outbox_schema",
+    }
+    assert (
+        "outbox, inbox, outbox_dead_letter, outbox_beat, outbox_relay, outbox_schema"
+        in result.output
+    )
     bare_shop.outbox.verify_schema()
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from celery_outbox.cli import outbox as command
 from celery_outbox.doctor.examination import CHECKS
+from celery_outbox.storage.relays import Relays
 from celery_outbox.storage.store import Settlement
 from tests.docs.markdown import DOCS, Listing, listings, name_of
 from tests.unit.shop import Shop
@@ -29,7 +30,7 @@ _VARYING = [
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.,\d]*(\+00:00|Z)?", "<time>"),
     (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "<id>"),
     (r"\b\d+ s\b", "<span>"),
-    (r'("lag_seconds": )[\d.]+', r"\1<span>"),
+    (r'("(?:lag|silent)_seconds": )[\d.]+', r"\1<span>"),
     (r"gen\d+@[\w.-]+", "<origin>"),
     (r'"user": "\w+"', "<user>"),
     (r" +", " "),
@@ -59,6 +60,10 @@ def filled(shop: Shop) -> None:
         connection.execute(waits.values(available_at=late))
         store.receive(connection, "z0:0:0:", "shop.notify", "z0")
         store.record(connection, "z0:0:0:", "SUCCESS", None, forget=False)
+    error = "the broker is away: ConnectionRefusedError: [Errno 111] Connection refused"
+    values = {"dead": 1, "lost": 0, "per_second": 412.5, "last_error": error}
+    relays = Relays(shop.outbox.engine, tables)
+    relays.seen("3f", has_failed=True, host="web", pid=20088, confirmed=104218, **values)
 
 
 def normal(text: str) -> list[str]:

@@ -103,7 +103,14 @@ def test_script_for_every_dialect_needs_no_connection(
     result = run(shop.app, *words, "--file", str(file))
     assert result.exit_code == 0, result.output
     script = file.read_text()
-    for table in ("outbox", "inbox", "outbox_dead_letter", "outbox_beat", "outbox_schema"):
+    for table in (
+        "outbox",
+        "inbox",
+        "outbox_dead_letter",
+        "outbox_beat",
+        "outbox_relay",
+        "outbox_schema",
+    ):
         assert f"CREATE TABLE {table} " in script
     assert run(shop.app, *words).output == script
 
@@ -263,6 +270,9 @@ def test_status(shop: Shop) -> None:
     assert said.pop("errors") == [
         {"error": "NOT_FOUND - no exchange 'mail'", "messages": 1, "dead": 1}
     ]
+    assert (said.pop("relays"), said.pop("relays_alive")) == ([], 0)
+    assert said.pop("published_per_second") == 0
+    assert said.pop("handled_per_second") == pytest.approx(1 / 60, abs=0.001)
     assert said == EVERY
     assert run(shop.app, "status", "--max-lag", "600").exit_code == 0
     result = run(shop.app, "status", "--max-lag", "60")
@@ -343,7 +353,7 @@ def test_rebuild_asks_without_the_password(make_shop: MakeShop, postgresql_url: 
     shop = make_shop(url.render_as_string(hide_password=False))
     words = ["storage", "rebuild"]
     result = CliRunner().invoke(command, words, obj=context(shop), input="n\n")
-    assert "Drop 5 tables with 0 rows in postgresql" in result.output
+    assert "Drop 6 tables with 0 rows in postgresql" in result.output
     assert "s3cret" not in result.output
 
 

@@ -41,6 +41,7 @@ def test_gauges_of_every_state(shop: Shop, registry: CollectorRegistry) -> None:
     assert scrape(registry) == {
         "celery_outbox_up": 1,
         "celery_outbox_lag_seconds": 0,
+        "celery_outbox_relays": 0,
         **{
             state(name): 0
             for name in ("outgoing", "scheduled", "in_flight", "published", "dead", "incoming")
