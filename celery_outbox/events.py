@@ -5,22 +5,25 @@ Logs, metrics and fault tests subscribe; nothing in the package depends on a sub
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-__all__ = ["emit", "listening", "subscribe", "unsubscribe"]
+__all__ = ["Listener", "emit", "listening", "plain", "subscribe", "unsubscribe"]
 
 logger = logging.getLogger("celery_outbox")
 
 Listener = Callable[[str, dict[str, Any]], None]
 
 # Outgoing.
-STAGED: Final = "staged"  # count: written in the caller's transaction, which has not committed yet
+STAGED: Final = (
+    "staged"  # count: written, in the caller's transaction if there is one, before its commit
+)
 LEFT_TO_RELAY: Final = "left_to_relay"  # count: the fast path does not get to them
-CLAIMED: Final = "claimed"  # count: taken under a lease
-PUBLISHED: Final = "published"  # count: the broker has confirmed them, they are not settled yet
+CLAIMED: Final = "claimed"  # count, rows: taken under a lease
+PUBLISHED: Final = "published"  # count, rows, outcomes: by row id; they are not settled yet
 SETTLED: Final = "settled"  # tally
 LEASE_LOST: Final = "lease_lost"  # count: another relay has taken them since
 DEAD: Final = "dead_letter"  # task, task_id, error
@@ -59,6 +62,18 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def emit(event: str, **details: Any) -> None:
     """Tell every listener. What a listener raises is raised here: fault tests rely on that."""
-    logger.debug("%s %s", event, details)
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s %s", event, plain(details))
     for listener in tuple(_listeners):
         listener(event, details)
+
+
+def plain(details: dict[str, Any]) -> dict[str, Any]:
+    """Return what can be logged of an event: plain values, of a tally its numbers; no message."""
+    found: dict[str, Any] = {}
+    for name, value in details.items():
+        if isinstance(value, str | int | float | bool) or value is None:
+            found[name] = value
+        elif name == "tally":
+            found.update(dataclasses.asdict(value))
+    return found

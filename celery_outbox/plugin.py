@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from celery_outbox import events
 from celery_outbox.checks import WorkerChecks
 from celery_outbox.config import Config
 from celery_outbox.envelope import Envelope
@@ -289,10 +290,14 @@ class Outbox:
                     '"refuse": send it inside one, or name it with outbox.using(session)'
                 )
             case _:
-                return lambda envelope: self.store.stage_alone(self._row_of(envelope))
+                return self._stage_alone
 
     def _stage_in(self, scope: Scope, envelope: Envelope) -> None:
         scope.stage(self.store, self._row_of(envelope))
+
+    def _stage_alone(self, envelope: Envelope) -> None:
+        self.store.stage_alone(self._row_of(envelope))
+        events.emit(events.STAGED, count=1)
 
     def _row_of(self, envelope: Envelope) -> Mapping[str, Any]:
         row = row_of(envelope)

@@ -111,14 +111,15 @@ class Relay:
             if not self._late:
                 self._broker.succeeded()
             return tally
-        events.emit(events.CLAIMED, count=len(held.batch.rows))
+        rows = held.batch.rows
+        events.emit(events.CLAIMED, count=len(rows), rows=rows)
         self._current, self._follows = held, follows
         try:
             outcomes = self._publish(held)
         finally:
             self._current = None
-        events.emit(events.PUBLISHED, count=len(outcomes))
-        tally += self._settle(held, held.batch.rows, outcomes)
+        events.emit(events.PUBLISHED, count=len(outcomes), rows=rows, outcomes=outcomes)
+        tally += self._settle(held, rows, outcomes)
         events.emit(events.SETTLED, tally=tally)
         if any(isinstance(outcome, Undecided) for outcome in outcomes.values()):
             tally += self._give_back_next()

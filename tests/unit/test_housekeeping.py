@@ -13,7 +13,8 @@ from celery_outbox.storage.relays import Relays, SeenRelay
 from tests.support.waiting import wait_until
 from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop
-from tests.unit.test_cli_storage import answer, fill, run
+from tests.unit.test_cli import run
+from tests.unit.test_cli_storage import answer, fill
 
 
 def seen(shop: Shop) -> list[SeenRelay]:
