@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_outbox import events
 from celery_outbox.errors import NotInstalled, NoTransaction
 from celery_outbox.inbox.backend import DurableBackend
+from celery_outbox.inbox.eager import run_eagerly
 from celery_outbox.inbox.installation import Installation, installation_of
 from celery_outbox.inbox.replay import given_back, replay
 from celery_outbox.inbox.request import DurableRequest
@@ -167,7 +168,12 @@ class DurableTask(Task):
         return given_back(reason)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body: inside the transaction of its delivery, or, called directly, just so."""
+        """Run the body: inside the transaction of its delivery, or, called directly, just so.
+
+        Eagerly: in a savepoint of the caller's transaction, or in a transaction of its own.
+        """
+        if self.inbox and self.request.is_eager and not self.request.called_directly:
+            return self._eagerly(args, kwargs)
         transaction = current_transaction()
         is_body = (
             transaction is not None
@@ -189,6 +195,16 @@ class DurableTask(Task):
             raise
         transaction.leave_body()
         return returned
+
+    def _eagerly(self, args: Any, kwargs: Any) -> Any:
+        request = self.request
+        described = {"task": self.name, "id": request.id, "retries": request.retries}
+        return run_eagerly(
+            self.installation,
+            described,
+            lambda: self._body(*args, **kwargs),
+            holds_session=self.holds_session,
+        )
 
     def _body(self, *args: Any, **kwargs: Any) -> Any:
         # Celery's own __call__ would push a second request; one of the user's base class (an

@@ -237,7 +237,6 @@ class InboxTransaction:
         (whether it did commit, the next delivery finds in the inbox), and `AnsweredElsewhere`.
         """
         store = self._installation.store
-        keeps = self._installation.config.keep_until_handled
         try:
             if self._connection is None and (handled := self._claim(store)):
                 raise AnsweredElsewhere(handled)
@@ -248,7 +247,7 @@ class InboxTransaction:
             if rows := [*self._staged, *self._retry]:
                 store.stage(connection, rows)
             text = None if outcome is None else outcome.dump()
-            store.record(connection, self.key, state, text, forget=keeps)
+            self._record(store, connection, state, text)
             events.emit(events.COMMITTING, key=self.key, state=state)
             connection.commit()
         except (OperationalError, InterfaceError, PoolTimeout) as exc:
@@ -265,6 +264,11 @@ class InboxTransaction:
         self.state = state
         self._close()
         events.emit(events.HANDLED, key=self.key, state=state)
+
+    def _record(self, store: Store, connection: Connection, state: str, text: str | None) -> None:
+        """Write the outcome into the inbox row."""
+        keeps = self._installation.config.keep_until_handled
+        store.record(connection, self.key, state, text, forget=keeps)
 
     def forget(self) -> None:
         """Undo everything, and let a kept envelope not be sent again: nobody wants the message."""

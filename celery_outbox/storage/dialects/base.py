@@ -221,6 +221,9 @@ class Dialect:
         """
         yield
 
+    def before_savepoint(self, connection: Connection) -> None:
+        """Let a savepoint that is set now be one even where it is a transaction's first statement."""
+
     def check(self, engine: Engine) -> None:
         """Raise `ConfigurationError` if the database can't be what the outbox needs."""
 

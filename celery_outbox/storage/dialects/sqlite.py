@@ -73,6 +73,12 @@ class SQLite(Dialect):
         with _waiting_briefly(connection.connection.driver_connection):
             yield
 
+    def before_savepoint(self, connection: Connection) -> None:
+        # The driver begins with the first write. To release a savepoint before that is to commit.
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN")
+
     def check(self, engine: Engine) -> None:
         try:
             with closing(engine.raw_connection()) as raw:
