@@ -35,6 +35,10 @@ class Config:
     hold_scheduled: bool = True
     #: Publish from a thread of the process that has sent, as soon as its transaction has committed.
     publish_after_commit: bool = False
+    #: Queues whose messages workers take from the database, beside those of the broker.
+    local_queues: tuple[str, ...] = ()
+    #: How long a message of a local queue is left to a worker that is not heard of.
+    local_lease_seconds: float = 30.0
     #: How often celery beat drives the relay; 0 leaves the beat schedule alone.
     relay_tick_seconds: float = 1.0
     #: The queue of the relay's own task; None is the app's default queue.
@@ -98,6 +102,11 @@ class Config:
             raise _wrong(
                 "capture", self.capture, '"durable", "all" or a list of task name patterns'
             )
+        names = self.local_queues
+        if not isinstance(names, tuple) or not all(
+            isinstance(name, str) and name for name in names
+        ):
+            raise _wrong("local_queues", names, "a list of names of queues")
         if not isinstance(self.database_url, str | None):
             # Not shown: it may hold a password.
             raise ConfigurationError(f"{PREFIX}database_url is wrong: it takes a string")
@@ -141,8 +150,9 @@ class Config:
                 raise ConfigurationError(f"unknown setting {name}{hint}")
         values = {name: settings.get(PREFIX + name) for name in known}
         given: dict[str, Any] = {k: value for k, value in values.items() if value is not None}
-        if isinstance(given.get("capture"), list | set | frozenset):
-            given["capture"] = tuple(given["capture"])
+        for name in ("capture", "local_queues"):
+            if isinstance(given.get(name), list | set | frozenset):
+                given[name] = tuple(given[name])
         return cls(**given)
 
 

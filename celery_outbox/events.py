@@ -30,6 +30,9 @@ DEAD: Final = "dead_letter"  # task, task_id, error
 STALLED: Final = "stalled"  # destination, error: it takes nothing, and is left alone for a while
 BROKER_AWAY: Final = "broker_away"  # error
 PRUNED: Final = "pruned"  # table, count
+# Local queues.
+TAKEN: Final = "taken"  # count: by a worker, under a lease
+DROPPED: Final = "dropped"  # count: handled, and deleted
 # Incoming.
 HANDLING: Final = "handling"  # key: the inbox row is claimed, the body will run
 COMMITTING: Final = "committing"  # key, state: just before the one commit

@@ -32,6 +32,7 @@ from celery_outbox.inbox.installation import install, installed_in
 from celery_outbox.inbox.joining import join_sessions_of
 from celery_outbox.inbox.task import DurableTask
 from celery_outbox.inbox.transaction import new_application
+from celery_outbox.local.queues import LocalQueues
 from celery_outbox.outbox.bypass import Bypasses
 from celery_outbox.outbox.capture import Capture, Stage
 from celery_outbox.outbox.current import Current
@@ -62,7 +63,7 @@ from celery_outbox.storage.engine import (
     twin_of,
     working_engine_of,
 )
-from celery_outbox.storage.store import FreshestFirst, Store, row_of
+from celery_outbox.storage.store import FreshestFirst, Store
 from celery_outbox.storage.tables import Tables
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class Outbox:
         self._current = Current(self.tables.outbox, self._is_our_engine)
         self._relay: tuple[int, Relay] | None = None
         self._relaying = Lock()
+        self._local = LocalQueues(
+            app,
+            lambda: self.config,
+            lambda: self._make_store(twin_of(self.engine)).local,
+        )
         self._install()
 
     def _install(self) -> None:
@@ -138,7 +144,9 @@ class Outbox:
             self._ordering_key,
             self._current.exists,
             self._bypasses,
+            self._stage_of_local,
         ).install()
+        self._local.install()
         self._add_relay_task()
         if self.app.configured:
             self._add_beat_entry(self.app)
@@ -162,7 +170,7 @@ class Outbox:
 
     def _beat_entry(self) -> dict[str, Any] | None:
         seconds = self.config.relay_tick_seconds
-        if not seconds:
+        if not seconds or self._local.routing.has_everything:
             return None
         # Ticks that no worker takes must not pile up; a polling transport takes a second or so.
         options: dict[str, Any] = {"expires": max(seconds, _SHORTEST_EXPIRY)}
@@ -292,16 +300,18 @@ class Outbox:
             case _:
                 return self._stage_alone
 
+    def _stage_of_local(self, options: Mapping[str, Any]) -> Stage | None:
+        """Say where a message is staged that would be published, by what its sender was given."""
+        return self._stage_alone if self._local.takes(options) else None
+
     def _stage_in(self, scope: Scope, envelope: Envelope) -> None:
-        scope.stage(self.store, self._row_of(envelope))
+        for row in self._local.rows_of(envelope):
+            scope.stage(self.store, row)
 
     def _stage_alone(self, envelope: Envelope) -> None:
-        self.store.stage_alone(self._row_of(envelope))
+        for row in self._local.rows_of(envelope):
+            self.store.stage_alone(row)
         events.emit(events.STAGED, count=1)
-
-    def _row_of(self, envelope: Envelope) -> Mapping[str, Any]:
-        row = row_of(envelope)
-        return row if self.config.hold_scheduled else {**row, "not_before": None}
 
     def _takes(self, connection: Connection, count: int) -> bool:
         """Say whether this process publishes what is staged, when it is committed."""

@@ -45,7 +45,8 @@ class Capture:
     None to let Celery publish it. `has_inbox` tells whether a task's worker will record that it has
     handled the message, so that the envelope may be kept until then. `application` gives an id to the
     application that a message of such a task comes from. `ordering_key` gives the key of a call, by
-    task name and arguments. `in_transaction` tells whether the caller is in one.
+    task name and arguments. `in_transaction` tells whether the caller is in one. `stage_of_local` is
+    asked for what `choose` leaves to Celery, by the sender's options: it answers like `choose`.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Capture:
         ordering_key: Callable[[str, Sequence[Any], Mapping[str, Any]], str | None],
         in_transaction: Callable[[], bool],
         bypasses: Bypasses,
+        stage_of_local: Callable[[Mapping[str, Any]], Stage | None],
     ) -> None:
         self._app = app
         self._bypasses = bypasses
+        self._stage_of_local = stage_of_local
         self._choose = choose
         self._has_inbox = has_inbox
         self._application = application
@@ -87,6 +90,8 @@ class Capture:
         given = options.pop(OPTION, None)
         ours = self._is_own_broker(producer.connection)
         stage = self._choose(self._decisive(name, message)) if ours else None
+        if ours and stage is None:
+            stage = self._stage_of_local(options)
         if not ours and self._has_inbox(name):
             self._bypasses.report(name, "is durable, and goes around the outbox, to another broker")
         if stage is None:

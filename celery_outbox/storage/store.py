@@ -28,6 +28,7 @@ from celery_outbox.errors import EnvelopeError
 from celery_outbox.storage import schema
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.dialects.base import lock_of
+from celery_outbox.storage.local import LocalStore
 from celery_outbox.storage.notifications import Listener, channel_of
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
@@ -114,6 +115,7 @@ class Store:
         self.engine = engine
         self.tables = tables
         self.dialect = dialect_for(engine.dialect.name)
+        self.local = LocalStore(engine, tables, notifies=notifies)
         outbox = tables.outbox
         self._channel = channel_of(outbox.fullname)
         stage = insert(outbox).values(
@@ -138,13 +140,20 @@ class Store:
     def stage(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Insert envelopes, as `row_of` gives them, into the caller's transaction.
 
+        A row with a ``queue`` is a message of a local queue, which no relay takes.
         Raises `SchemaError` if it is the tables that are missing or of another version.
         """
+        local = [row for row in rows if "queue" in row]
+        published = [row for row in rows if "queue" not in row] if local else rows
         try:
-            if keys := {row["ordering_key"] for row in rows} - {None}:
+            if keys := {row["ordering_key"] for row in published} - {None}:
                 self.dialect.lock_keys(connection, sorted(keys))
-            silently = self._is_taken_care_of(connection, rows)
-            connection.execute(self._stage_silently if silently else self._stage, list(rows))
+            if published:
+                silently = self._is_taken_care_of(connection, published)
+                stage = self._stage_silently if silently else self._stage
+                connection.execute(stage, list(published))
+            if local:
+                self.local.put(connection, local)
         except (OperationalError, ProgrammingError):
             schema.compare(self.engine, self.tables)
             raise

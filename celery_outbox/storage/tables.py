@@ -1,4 +1,4 @@
-"""Tables: outbox, inbox, dead letters, beat's runs, relays, the version; in SQLAlchemy Core."""
+"""Tables: outbox, local queues, inbox, dead letters, beat, relays, version, in SQLAlchemy Core."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ from sqlalchemy import (
 
 from celery_outbox.envelope import KEY_LENGTH
 
-__all__ = ["NAME_LENGTH", "VERSION", "Tables", "UTCDateTime"]
+__all__ = ["HIGHEST_PRIORITY", "NAME_LENGTH", "VERSION", "Tables", "UTCDateTime"]
 
 #: The version of the tables. A release that changes them raises it, and reads the one before.
 VERSION = 1
 
 #: Task names, ids and destinations are shown to operators only; longer ones are cut.
 NAME_LENGTH = 255
+
+#: The most urgent priority of a message in a local queue; the least urgent is 0.
+HIGHEST_PRIORITY = 9
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
@@ -105,6 +108,19 @@ class Tables:
             # Without it SQLite gives an empty table's ids again, and a dead letter keeps its row's.
             sqlite_autoincrement=True,
         )
+        #: A row is a message of a local queue, which workers take from here. No relay sees it.
+        self.local = table(
+            "outbox_local",
+            Column("id", _Id, primary_key=True, autoincrement=True),
+            Column("queue", String(NAME_LENGTH), nullable=False),
+            Column("priority", Integer, nullable=False),
+            *stored_message(),
+            # When the next worker may take the row: due time, end of the lease.
+            Column("available_at", UTCDateTime, nullable=False),
+            Column("lease_token", String(36)),
+            # A worker that lost its lease must not delete what has got the same id since.
+            sqlite_autoincrement=True,
+        )
         self.inbox = table(
             "inbox",
             Column("key", String(KEY_LENGTH), primary_key=True),
@@ -159,6 +175,11 @@ class Tables:
             where=outbox.ordering_key.is_not(None),
         )
         Index(f"ix_{prefix}outbox_key", outbox.key)
+        queued = self.local.c
+        Index(
+            f"ix_{prefix}outbox_local_available",
+            *(queued.queue, queued.priority, queued.available_at, queued.id),
+        )
         Index(f"ix_{prefix}inbox_handled", self.inbox.c.handled_at)
         Index(f"ix_{prefix}outbox_dead_letter_died", self.dead_letter.c.died_at)
 
@@ -168,7 +189,15 @@ class Tables:
 
     def all(self) -> list[Table]:
         """Return the tables in the order in which they are created."""
-        return [self.outbox, self.inbox, self.dead_letter, self.beat, self.relay, self.version]
+        return [
+            self.outbox,
+            self.local,
+            self.inbox,
+            self.dead_letter,
+            self.beat,
+            self.relay,
+            self.version,
+        ]
 
 
 def _partial_index(name: str, *columns: Column[Any], where: ColumnElement[bool]) -> Index:

@@ -16,6 +16,7 @@ from tests.support.servicebus.namespace import Namespace
 __all__ = [
     "Broker",
     "filesystem",
+    "local_queues",
     "rabbitmq",
     "redis_database",
     "servicebus",
@@ -115,3 +116,17 @@ def servicebus(server: ServiceBus | Namespace, prefix: str, *, lock_seconds: int
         lambda: server.counts(queue)["active"],
         {"broker_transport_options": options},
     )
+
+
+def local_queues(database: str) -> Broker:
+    """No broker at all: the local queues of an outbox in `database`."""
+
+    def left() -> int:
+        engine = create_engine(database)
+        try:
+            with engine.connect() as connection:
+                return connection.execute(text("SELECT count(*) FROM outbox_local")).scalar_one()
+        finally:
+            engine.dispose()
+
+    return Broker("outbox://", left)

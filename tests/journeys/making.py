@@ -66,12 +66,14 @@ class Making:
     ) -> Site:
         """Make a site. `broker`, `database` and `backend` are kinds, or addresses."""
         folder = self._folders.mktemp("site")
-        if isinstance(broker, str):
-            broker = self.broker(broker)
         if database == "postgresql":
             database = self.database()
         elif database == "sqlite":
             database = f"sqlite:///{folder / 'app.sqlite'}"
+        if broker == "local":
+            broker = brokers.local_queues(database)
+        elif isinstance(broker, str):
+            broker = self.broker(broker)
         if backend == "redis":
             backend = self.redis_url()
         elif backend == "database":

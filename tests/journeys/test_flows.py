@@ -13,6 +13,9 @@ PLACES = {
     "filesystem-postgresql-database": ("filesystem", "postgresql", "database"),
     "filesystem-sqlite-redis": ("filesystem", "sqlite", "redis"),
     "sqlalchemy-postgresql-redis": ("sqlalchemy", "postgresql", "redis"),
+    "local-postgresql-redis": ("local", "postgresql", "redis"),
+    "local-postgresql-database": ("local", "postgresql", "database"),
+    "local-sqlite-redis": ("local", "sqlite", "redis"),
 }
 
 

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 #: kombu's transports of which it is known what a publish that returned means.
-_KNOWN = ("redis", "filesystem", "sql", "memory")
+_KNOWN = ("redis", "filesystem", "sql", "memory", "outbox")
 
 
 def publisher_for(

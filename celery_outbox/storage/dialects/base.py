@@ -200,6 +200,64 @@ class Dialect:
         """Listen to `channel` on a connection of its own; None where nobody would tell."""
         return None
 
+    def take(
+        self,
+        connection: Connection,
+        local: Table,
+        *,
+        wanted: Sequence[tuple[str, int]],
+        limit: int,
+        lease_seconds: float,
+        token: str,
+    ) -> Sequence[Row[Any]]:
+        """Take up to `limit` queued messages that are due under a lease, and return them.
+
+        `wanted` are queues and priorities in the order in which they are looked through. Each look is
+        an index search, whatever is scheduled for later, and none writes where nothing is due.
+        """
+        columns = local.c
+        rows: list[Row[Any]] = []
+        due = (
+            select(columns.id)
+            .where(
+                columns.queue == bindparam("wanted_queue"),
+                columns.priority == bindparam("wanted_priority"),
+                columns.available_at <= self.now(),
+            )
+            .order_by(columns.available_at, columns.id)
+        )
+        for queue, priority in wanted:
+            found = self.skip_locked(due.limit(limit - len(rows)))
+            parameters = {"wanted_queue": queue, "wanted_priority": priority}
+            if ids := connection.execute(found, parameters).scalars().all():
+                taken = (
+                    update(local)
+                    # Another one may have been faster, where nothing locks what is read.
+                    .where(columns.id.in_(ids), columns.available_at <= self.now())
+                    .values(
+                        lease_token=token,
+                        attempts=columns.attempts + 1,
+                        available_at=self.after(lease_seconds),
+                    )
+                    .returning(*columns)
+                )
+                rows.extend(connection.execute(taken))
+            if len(rows) >= limit:
+                break
+        return rows
+
+    @contextmanager
+    def without_waiting(self, connection: Connection) -> Iterator[None]:
+        """Let no statement of the block wait for another writer, where only one can be.
+
+        What then fails is `is_busy`.
+        """
+        yield
+
+    def is_busy(self, error: BaseException) -> bool:
+        """Whether `error` says no more than that another writer was there first."""
+        return False
+
     def receive(self, inbox: Table) -> Executable:
         """The statement that inserts an inbox row, or inserts nothing and returns nothing.
 

@@ -15,11 +15,17 @@ from sqlalchemy import (
     Engine,
     Executable,
     Insert,
+    Integer,
+    Row,
+    String,
     Table,
     any_,
     bindparam,
+    column,
     func,
     select,
+    true,
+    update,
 )
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import OperationalError
@@ -70,6 +76,54 @@ class PostgreSQL(Dialect):
 
     def listen(self, engine: Engine, channel: str) -> Listener | None:
         return None if engine.dialect.driver != "psycopg" else _Listener(engine, channel)
+
+    def take(
+        self,
+        connection: Connection,
+        local: Table,
+        *,
+        wanted: Sequence[tuple[str, int]],
+        limit: int,
+        lease_seconds: float,
+        token: str,
+    ) -> Sequence[Row[Any]]:
+        # All looks in one statement. The outer limit ends it: a row that is not wanted any more is
+        # neither looked at nor locked.
+        columns = local.c
+        looks = (
+            func.unnest(
+                bindparam("wanted_queues", type_=ARRAY(String)),
+                bindparam("wanted_priorities", type_=ARRAY(Integer)),
+            )
+            .table_valued(column("queue", String), column("priority", Integer), name="looks")
+            .render_derived()
+        )
+        found = (
+            select(columns.id)
+            .where(
+                columns.queue == looks.c.queue,
+                columns.priority == looks.c.priority,
+                columns.available_at <= self.now(),
+            )
+            .order_by(columns.available_at, columns.id)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+            .lateral("found")
+        )
+        due = select(found.c.id).select_from(looks.join(found, true())).limit(limit).cte("due")
+        taken = (
+            update(local)
+            .where(columns.id.in_(select(due.c.id)))
+            .values(
+                lease_token=token,
+                attempts=columns.attempts + 1,
+                available_at=self.after(lease_seconds),
+            )
+            .returning(*columns)
+        )
+        queues, priorities = zip(*wanted, strict=True)
+        parameters = {"wanted_queues": list(queues), "wanted_priorities": list(priorities)}
+        return connection.execute(taken, parameters).all()
 
     def receive(self, inbox: Table) -> Executable:
         # ON CONFLICT alone would wait for a concurrent first execution to end, and hold a worker's

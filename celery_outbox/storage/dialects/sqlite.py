@@ -34,6 +34,8 @@ __all__ = ["SQLite"]
 _CLOCK = "%Y-%m-%d %H:%M:%f"
 #: The longest that `waiting_briefly` waits, in milliseconds: what sqlite3 itself does by default.
 _BRIEFLY = 5000
+#: The longest that `without_waiting` waits: SQLite looks again after 1, 3, 8, 18, 33, 53 milliseconds.
+_ALMOST_NOT = 50
 
 
 class SQLite(Dialect):
@@ -68,6 +70,9 @@ class SQLite(Dialect):
         values["handled_at"] = self.now()
         return insert(inbox).values(values).on_conflict_do_nothing().returning(inbox.c.key)
 
+    def is_busy(self, error: BaseException) -> bool:
+        return "locked" in str(getattr(error, "orig", error))
+
     @contextmanager
     def waiting_briefly(self, connection: Connection) -> Iterator[None]:
         with _waiting_briefly(connection.connection.driver_connection):
@@ -78,6 +83,11 @@ class SQLite(Dialect):
         driver: Any = connection.connection.driver_connection
         if not driver.in_transaction:
             connection.exec_driver_sql("BEGIN")
+
+    @contextmanager
+    def without_waiting(self, connection: Connection) -> Iterator[None]:
+        with _waiting_briefly(connection.connection.driver_connection, _ALMOST_NOT):
+            yield
 
     def check(self, engine: Engine) -> None:
         try:
@@ -115,10 +125,10 @@ class SQLite(Dialect):
 
 
 @contextmanager
-def _waiting_briefly(driver: Any) -> Iterator[None]:
+def _waiting_briefly(driver: Any, longest: int = _BRIEFLY) -> Iterator[None]:
     (before,) = driver.execute("PRAGMA busy_timeout").fetchone()
     # Not longer than the engine has been told to wait.
-    driver.execute(f"PRAGMA busy_timeout = {min(before, _BRIEFLY)}")
+    driver.execute(f"PRAGMA busy_timeout = {min(before, longest)}")
     try:
         yield
     finally:

@@ -1,0 +1,186 @@
+"""LocalStore: the messages of local queues, which workers take straight from the database."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, update
+
+from celery_outbox.envelope import Envelope
+from celery_outbox.errors import EnvelopeError
+from celery_outbox.storage.dialects import dialect_for
+from celery_outbox.storage.notifications import Listener, channel_of
+from celery_outbox.storage.tables import HIGHEST_PRIORITY, Tables, UTCDateTime
+
+__all__ = ["Delivery", "LocalStore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A queued message that a consumer has taken: `envelope`, or the `error` why it can't be read.
+
+    `number` counts its deliveries, this one included.
+    """
+
+    id: int
+    number: int
+    queue: str
+    envelope: Envelope | None
+    error: str | None = None
+
+
+class LocalStore:
+    """The local queues of one outbox.
+
+    A row is a queued message. It is taken under a lease, which its consumer renews; when the lease is
+    over the row is there for the next consumer. With `notifies`, a commit that puts a message tells those
+    who `listen`, where the database can. `put` runs in its caller's transaction; every other
+    method is a short transaction of its own.
+    """
+
+    def __init__(self, engine: Engine, tables: Tables, *, notifies: bool = True) -> None:
+        self.engine = engine
+        self.tables = tables
+        self.dialect = dialect_for(engine.dialect.name)
+        self._channel = channel_of(tables.local.fullname)
+        put = insert(tables.local).values(
+            attempts=0,
+            created_at=self.dialect.now(),
+            available_at=func.coalesce(
+                bindparam("not_before", type_=UTCDateTime), self.dialect.now()
+            ),
+        )
+
+        self._put = self.dialect.notifying(put, self._channel) if notifies else put
+
+    def listen(self) -> Listener | None:
+        """Hear of messages that are put from now on; None where the database tells nobody."""
+        return self.dialect.listen(self.engine, self._channel)
+
+    def put(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Queue messages in the caller's transaction: they are there when it commits.
+
+        A row is what `celery_outbox.storage.store.row_of` gives, with ``queue`` and ``priority``.
+        """
+        connection.execute(self._put, list(rows))
+
+    def take(
+        self,
+        queues: Sequence[str],
+        limit: int,
+        *,
+        token: str,
+        lease_seconds: float,
+        handled: Sequence[int] = (),
+    ) -> list[Delivery]:
+        """Take up to `limit` messages that are due, the most urgent ones first, and drop the handled.
+
+        Both in one transaction. Of queues that are equally urgent each has its turn: their order is
+        drawn anew each time.
+        """
+        order = random.sample(queues, len(queues))
+        wanted = [
+            (queue, priority) for priority in range(HIGHEST_PRIORITY, -1, -1) for queue in order
+        ]
+        with self.engine.begin() as connection, self.dialect.without_waiting(connection):
+            if handled:
+                self._drop(connection, handled, token)
+            rows = (
+                self.dialect.take(
+                    connection,
+                    self.tables.local,
+                    wanted=wanted,
+                    limit=limit,
+                    lease_seconds=lease_seconds,
+                    token=token,
+                )
+                if limit > 0 and wanted
+                else []
+            )
+        rows = sorted(rows, key=lambda row: (-row.priority, row.id))
+        return [_delivery(row) for row in rows]
+
+    def drop(self, ids: Sequence[int], token: str) -> int:
+        """Delete messages that are handled; return how many were still ours."""
+        with self.engine.begin() as connection:
+            return self._drop(connection, ids, token)
+
+    def _drop(self, connection: Connection, ids: Sequence[int], token: str) -> int:
+        local = self.tables.local
+        ours = self.dialect.among(local.c.id, ids) & (local.c.lease_token == token)
+        return connection.execute(delete(local).where(ours)).rowcount
+
+    def give_back(self, ids: Sequence[int], token: str, after_seconds: float = 0.0) -> int:
+        """End our lease of messages that are not handled; return how many were still ours."""
+        local = self.tables.local
+        ours = self.dialect.among(local.c.id, ids) & (local.c.lease_token == token)
+        back = update(local).where(ours)
+        back = back.values(lease_token=None, available_at=self.dialect.after(after_seconds))
+        with self.engine.begin() as connection:
+            return connection.execute(back).rowcount
+
+    def renew(self, ids: Sequence[int], token: str, lease_seconds: float) -> set[int]:
+        """Begin our lease anew; return those that are ours still."""
+        local = self.tables.local
+        ours = self.dialect.among(local.c.id, ids) & (local.c.lease_token == token)
+        renewed = update(local).where(ours)
+        renewed = renewed.values(available_at=self.dialect.after(lease_seconds))
+        with self.engine.begin() as connection:
+            return set(connection.execute(renewed.returning(local.c.id)).scalars())
+
+    def size(self, queue: str) -> int:
+        """Return how many messages of a queue wait to be taken, those of later included."""
+        local = self.tables.local
+        mine = (local.c.queue == queue) & ~self._taken()
+        with self.engine.connect() as connection:
+            found = select(func.count()).select_from(local).where(mine)
+            return int(connection.execute(found).scalar_one())
+
+    def purge(self, queue: str) -> int:
+        """Delete what waits in a queue; return how much it was. What is taken stays."""
+        local = self.tables.local
+        mine = (local.c.queue == queue) & ~self._taken()
+        with self.engine.begin() as connection:
+            return connection.execute(delete(local).where(mine)).rowcount
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return for each queue how many messages are due, scheduled, and taken."""
+        local = self.tables.local
+        taken = self._taken()
+        later = ~taken & (local.c.available_at > self.dialect.now())
+        counted = select(
+            local.c.queue,
+            func.count().filter(~taken & ~later),
+            func.count().filter(later),
+            func.count().filter(taken),
+        ).group_by(local.c.queue)
+        with self.engine.connect() as connection:
+            return {
+                queue: {"due": due, "scheduled": scheduled, "taken": held}
+                for queue, due, scheduled, held in connection.execute(counted)
+            }
+
+    def _taken(self) -> Any:
+        local = self.tables.local
+        return local.c.lease_token.is_not(None) & (local.c.available_at > self.dialect.now())
+
+
+def _delivery(row: Any) -> Delivery:
+    envelope, error = None, None
+    try:
+        envelope = Envelope.load(
+            row.message,
+            task=row.task,
+            task_id=row.task_id,
+            key=row.key,
+            body=row.body,
+            ordering_key=row.ordering_key,
+            due_at=row.due_at,
+            expires_at=row.expires_at,
+        )
+    except EnvelopeError as exc:
+        error = str(exc)
+    return Delivery(row.id, row.attempts, row.queue, envelope, error)
