@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import after_commit, relay, send, servicebus, worker
+from benchmarks import after_commit, local, relay, send, servicebus, worker
 from tests.support.servers import PostgreSQL, RabbitMQ
 
 TABLES = {
@@ -18,6 +18,7 @@ TABLES = {
     "send": send.table,
     "worker": worker.table,
     "servicebus": servicebus.table,
+    "local": local.table,
 }
 
 
