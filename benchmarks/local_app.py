@@ -1,6 +1,6 @@
 """The app of table `local`: a durable task on a local queue. Run as a program it sends that many.
 
-    BENCHMARK_DATABASE=... python -m benchmarks.local_app 10000
+BENCHMARK_DATABASE=... python -m benchmarks.local_app 10000
 """
 
 import os
@@ -12,7 +12,9 @@ from sqlalchemy.orm import sessionmaker
 
 from celery_outbox import Outbox, durable_task
 
-EFFECTS = "CREATE TABLE IF NOT EXISTS effects (number integer, at timestamptz DEFAULT clock_timestamp())"
+EFFECTS = (
+    "CREATE TABLE IF NOT EXISTS effects (number integer, at timestamptz DEFAULT clock_timestamp())"
+)
 EFFECT = "INSERT INTO effects (number) VALUES (:number)"
 
 engine = create_engine(os.environ["BENCHMARK_DATABASE"], pool_size=10)

@@ -1,6 +1,6 @@
 """The app beside it in table `local`: the same task with procrastinate. As a program it sends.
 
-    BENCHMARK_DATABASE=... python -m benchmarks.local_procrastinate 10000
+BENCHMARK_DATABASE=... python -m benchmarks.local_procrastinate 10000
 """
 
 import os

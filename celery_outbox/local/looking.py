@@ -77,6 +77,7 @@ class LoopBell:
         self._look = look
         self._listen = listen
         self._listener: Listener | None = None
+        self._listening = -1
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
@@ -110,7 +111,9 @@ class LoopBell:
     def _begin_to_listen(self) -> None:
         self._listener = self._listen()
         if self._listener is not None:
-            self._loop.add_reader(self._listener.fileno(), self._hear)
+            # Remembered: a connection that is gone does not know it any more.
+            self._listening = self._listener.fileno()
+            self._loop.add_reader(self._listening, self._hear)
 
     def _hear(self) -> None:
         assert self._listener is not None
@@ -136,7 +139,7 @@ class LoopBell:
     def _stop_listening(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
-            self._loop.remove_reader(listener.fileno())
+            self._loop.remove_reader(self._listening)
             listener.close()
 
     def close(self) -> None:

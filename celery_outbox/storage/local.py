@@ -36,8 +36,8 @@ class LocalStore:
     """The local queues of one outbox.
 
     A row is a queued message. It is taken under a lease, which its consumer renews; when the lease is
-    over the row is there for the next consumer. With `notifies`, a commit that puts a message tells those
-    who `listen`, where the database can. `put` runs in its caller's transaction; every other
+    over the row is there for the next consumer. With `notifies`, a commit tells those who `listen`, where
+    the database can. `put` runs in its caller's transaction; every other
     method is a short transaction of its own.
     """
 
