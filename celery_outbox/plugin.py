@@ -119,7 +119,7 @@ class Outbox:
         self._local = LocalQueues(
             app,
             lambda: self.config,
-            lambda: self._make_store(twin_of(self.engine)).local,
+            lambda: self._make_store(twin_of(self.engine)),
         )
         self._install()
 

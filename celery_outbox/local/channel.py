@@ -84,7 +84,10 @@ class Channel(virtual.Channel):
         super().__init__(connection, **options)
         self.host: Host = connection.host
         self.holding = Holding(
-            self.host.local_store, self.host.config.local_lease_seconds, connection.ring
+            self.host.local_store,
+            self.host.config.local_lease_seconds,
+            changed=connection.ring,
+            keep_house=self.host.keep_house,
         )
         self._no_ack: set[str] = set()
 

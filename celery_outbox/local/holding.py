@@ -25,6 +25,8 @@ _TICK = 0.1
 class Holding:
     """Messages taken under one lease, until they are handled or given back.
 
+    Whoever takes and says what is handled is told by `changed` that there may be room for more.
+
     A thread, the keeper, renews the lease while its worker may be busy with a task. What is handled is
     deleted with the next take, in one transaction for many; if none follows, the keeper does it. So a
     worker that dies may have handled what is still there: it is delivered again, as a broker would.
@@ -33,11 +35,17 @@ class Holding:
     """
 
     def __init__(
-        self, store: LocalStore, lease_seconds: float, changed: Callable[[], None]
+        self,
+        store: LocalStore,
+        lease_seconds: float,
+        *,
+        changed: Callable[[], None],
+        keep_house: Callable[[], None],
     ) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
         self._changed = changed
+        self._keep_house = keep_house
         self._token = str(uuid.uuid4())
         self._held: set[int] = set()
         self._handled: list[int] = []
@@ -49,7 +57,8 @@ class Holding:
     def take(self, queues: Sequence[str], limit: int) -> list[Delivery]:
         """Take messages, and delete those that are handled.
 
-        None, if another writer keeps the database busy. Raises SQLAlchemy's errors when it is away.
+        Returns nothing if another writer keeps the database busy. Raises SQLAlchemy's errors when it
+        is away.
         """
         handled = self._collect()
         if not handled and (limit <= 0 or not queues):
@@ -142,6 +151,10 @@ class Holding:
     def look_after(self, renewed_at: float) -> float:
         """Do what is due now; return when the lease was renewed last."""
         now = time.monotonic()
+        try:
+            self._keep_house()
+        except SQLAlchemyError as exc:
+            logger.error("old rows are not pruned yet: %s", exc)
         if self._handled and now - self._handled_since > _TICK:
             self._drop()
         if now - renewed_at < self._lease_seconds / 3:

@@ -53,6 +53,9 @@ class Host(Protocol):
     def routing(self) -> Routing:
         """Which local queues a message is for."""
 
+    def keep_house(self) -> None:
+        """Do what is due once in a while. Raises SQLAlchemy's errors."""
+
 
 _hosts: WeakValueDictionary[str, Host] = WeakValueDictionary()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import time
 from collections.abc import Callable, Mapping
 from datetime import tzinfo
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from celery_outbox.config import Config
     from celery_outbox.envelope import Envelope
     from celery_outbox.storage.local import LocalStore
+    from celery_outbox.storage.store import Store
 
 __all__ = ["LocalQueues"]
 
@@ -30,6 +33,8 @@ logger = logging.getLogger("celery_outbox.local")
 
 #: Celery's, stronger than its settings.
 _VARIABLE = "CELERY_BROKER_READ_URL"
+_PRUNE_EVERY = 60.0
+_PRUNE_CHUNK = 1000
 
 
 class LocalQueues:
@@ -40,12 +45,13 @@ class LocalQueues:
     """
 
     def __init__(
-        self, app: Celery, config: Callable[[], Config], make_store: Callable[[], LocalStore]
+        self, app: Celery, config: Callable[[], Config], make_store: Callable[[], Store]
     ) -> None:
         self._app = app
         self._config = config
         self._make_store = make_store
-        self._store: tuple[int, LocalStore] | None = None
+        self._store: tuple[int, Store] | None = None
+        self._next_prune = time.monotonic() + random.random() * _PRUNE_EVERY
         self._routing: Routing | None = None
         self._name = ""
 
@@ -70,9 +76,24 @@ class LocalQueues:
     @property
     def local_store(self) -> LocalStore:
         """The queued messages, by connections that this process shares with no other use."""
+        return self._own_store().local
+
+    def _own_store(self) -> Store:
         if self._store is None or self._store[0] != os.getpid():
             self._store = (os.getpid(), self._make_store())
         return self._store[1]
+
+    def keep_house(self) -> None:
+        """Prune the inbox, in chunks, about once a minute: where there is no relay, nobody else does.
+
+        Raises SQLAlchemy's errors.
+        """
+        if time.monotonic() < self._next_prune:
+            return
+        self._next_prune = time.monotonic() + _PRUNE_EVERY
+        store, retention = self._own_store(), self.config.inbox_retention_seconds
+        while store.prune_inbox(retention, _PRUNE_CHUNK) == _PRUNE_CHUNK:
+            pass
 
     @property
     def routing(self) -> Routing:

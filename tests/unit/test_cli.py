@@ -61,7 +61,7 @@ def test_schema_create_makes_the_tables_and_names_them(bare_shop: Shop) -> None:
         "outbox_schema",
     }
     assert (
-        "outbox, inbox, outbox_dead_letter, outbox_beat, outbox_relay, outbox_schema"
+        "outbox, outbox_local, inbox, outbox_dead_letter, outbox_beat, outbox_relay, outbox_schema"
         in result.output
     )
     bare_shop.outbox.verify_schema()
