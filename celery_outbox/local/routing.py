@@ -64,14 +64,13 @@ class Routing:
     def is_local(self, options: Mapping[str, Any], default: str | None) -> bool:
         """Whether a message is for a local queue, by the options that Celery's sender is given."""
         queue, exchange = options.get("queue"), options.get("exchange")
+        name, routing_key = getattr(exchange, "name", exchange), options.get("routing_key")
+        # Celery adds its default queue to an exchange, and uses the exchange.
+        if name and routing_key:
+            return bool(self._bound(name, routing_key))
         if queue is not None:
             return self.has(getattr(queue, "name", queue))
-        if exchange is None:
-            return self.has(default)
-        name, routing_key = getattr(exchange, "name", exchange), options.get("routing_key") or ""
-        if not name:
-            return self.has(routing_key)
-        return bool(self._bound(name, routing_key))
+        return self.has(default if exchange is None else routing_key)
 
     def _bound(self, exchange: str, routing_key: str) -> list[str]:
         for name, queue in self._queues().items():

@@ -36,9 +36,9 @@ class LocalStore:
     """The local queues of one outbox.
 
     A row is a queued message. It is taken under a lease, which its consumer renews; when the lease is
-    over the row is there for the next consumer. With `notifies`, a commit tells those who `listen`, where
-    the database can. `put` runs in its caller's transaction; every other
-    method is a short transaction of its own.
+    over the row is there for the next consumer. With `notifies`, a commit tells those who `listen`,
+    where the database can. `put` runs in its caller's transaction; every other method is a short
+    transaction of its own.
     """
 
     def __init__(self, engine: Engine, tables: Tables, *, notifies: bool = True) -> None:
