@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import JSONEncoder, loads
 
+from celery_outbox.declaration import json_of
 from celery_outbox.errors import EnvelopeError
 
 __all__ = ["Envelope", "application_id", "message_key", "ordering_key"]
@@ -26,6 +27,9 @@ KEY_LENGTH = 200
 _DELAYED_EXCHANGE = "celery_delayed_27"
 _DELAY_BITS = 28
 _DELAYED_KEY = re.compile(rf"(?:[01]\.){{{_DELAY_BITS}}}")
+
+# `kombu.utils.json.dumps` makes an encoder for each text.
+_encode: Callable[[Any], str] = JSONEncoder().encode
 
 
 def message_key(headers: Mapping[str, Any], part: str = "") -> str:
@@ -125,24 +129,23 @@ class Envelope:
         kombu's JSON keeps datetime, Decimal, UUID and bytes, as message headers may hold them.
         """
         try:
-            return str(
-                dumps(
-                    {
-                        "format": FORMAT,
-                        "text": self.is_text,
-                        "content_type": self.content_type,
-                        "content_encoding": self.content_encoding,
-                        "priority": self.priority,
-                        "headers": self.headers,
-                        "properties": self.properties,
-                        "exchange": self.exchange,
-                        "routing_key": self.routing_key,
-                        "mandatory": self.mandatory,
-                        "declare": self.declare,
-                        "keep": self.keep,
-                    }
-                )
+            message = _encode(
+                {
+                    "format": FORMAT,
+                    "text": self.is_text,
+                    "content_type": self.content_type,
+                    "content_encoding": self.content_encoding,
+                    "priority": self.priority,
+                    "headers": self.headers,
+                    "properties": self.properties,
+                    "exchange": self.exchange,
+                    "routing_key": self.routing_key,
+                    "mandatory": self.mandatory,
+                    "keep": self.keep,
+                }
             )
+            declare = ", ".join([json_of(entity) for entity in self.declare])
+            return f'{message[:-1]}, "declare": [{declare}]}}'
         except (TypeError, ValueError) as exc:
             raise EnvelopeError(
                 f"task {self.task}[{self.task_id}]: a header or property of its message can't be "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from typing import Any
 from weakref import WeakSet
 
@@ -46,14 +45,13 @@ class Bypasses:
         _watching.add(self)
         before_task_publish.connect(_look, weak=False, dispatch_uid="celery_outbox.bypass")
 
-    @contextmanager
-    def in_seam(self) -> Iterator[None]:
-        """What is published in this block has been seen by the outbox, which let it pass."""
-        token = _in_seam.set(True)
-        try:
-            yield
-        finally:
-            _in_seam.reset(token)
+    def enter_seam(self) -> Token[bool]:
+        """What is published until `leave_seam` has been seen by the outbox, which let it pass."""
+        return _in_seam.set(True)
+
+    def leave_seam(self, token: Token[bool]) -> None:
+        """End what `enter_seam` began."""
+        _in_seam.reset(token)
 
     def report(self, task: str, how: str) -> None:
         """Warn of a message, or raise `Bypassed`."""

@@ -17,7 +17,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Connection, Exchange, Queue
 from kombu.messaging import Producer
 
-from celery_outbox.declaration import freeze
+from celery_outbox.declaration import Declarations
 from celery_outbox.envelope import Envelope, message_key, ordering_key
 from celery_outbox.outbox.bypass import Bypasses
 from celery_outbox.outbox.ordering import OPTION, arguments_of
@@ -71,6 +71,7 @@ class Capture:
         self._sender: Callable[..., Any] | None = None
         self._results = Results(app, in_transaction, has_inbox, application)
         self._own_brokers: set[tuple[Any, ...]] | None = None
+        self._declarations = Declarations()
 
     def install(self) -> None:
         """Replace the app's sender, and put off what it asks of the result backend."""
@@ -83,33 +84,39 @@ class Capture:
 
     def _send(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
         """Stand in for ``send_task_message``."""
-        with self._bypasses.in_seam():
-            return self._stage_or_publish(producer, name, message, **options)
+        token = self._bypasses.enter_seam()
+        try:
+            return self._stage_or_publish(producer, name, message, options)
+        finally:
+            self._bypasses.leave_seam(token)
 
-    def _stage_or_publish(self, producer: Producer, name: str, message: Any, **options: Any) -> Any:
+    def _stage_or_publish(
+        self, producer: Producer, name: str, message: Any, options: dict[str, Any]
+    ) -> Any:
         given = options.pop(OPTION, None)
-        ours = self._is_own_broker(producer.connection)
+        ours, has_inbox = self._is_own_broker(producer.connection), self._has_inbox(name)
         stage = self._choose(self._decisive(name, message)) if ours else None
         if ours and stage is None:
             stage = self._stage_of_local(options)
-        if not ours and self._has_inbox(name):
+        if has_inbox and not ours:
             self._bypasses.report(name, "is durable, and goes around the outbox, to another broker")
         if stage is None:
             self._results.ask_now(producer)
             return self._stock_sender()(producer, name, message, **options)
-        described, has_inbox = _described(message), self._has_inbox(name)
+        described = _described(message)
         staging = StagingProducer(
             producer,
             stage,
             task=name,
             described=described,
             time_zone=self._app.timezone,
-            in_transaction=self._in_transaction(),
+            in_transaction=self._in_transaction,
             has_inbox=has_inbox,
             application=self._application(described) if has_inbox else None,
             key=ordering_key(given) or self._ordering_key(name, *arguments_of(message)),
             mandatory=self._exchange_type(options) not in _MAY_REACH_NOBODY,
             also_declare=self._results.reply_queues(),
+            declarations=self._declarations,
         )
         return self._stock_sender()(staging, name, message, **options)
 
@@ -160,6 +167,10 @@ class StagingProducer(Producer):
     that it is not seen for one that was rolled back; elsewhere it is published at once, as ever.
     """
 
+    auto_declare = False
+    exchange = Exchange("")
+    _channel = None
+
     def __init__(
         self,
         producer: Producer,
@@ -168,12 +179,13 @@ class StagingProducer(Producer):
         task: str,
         described: Mapping[str, Any],
         time_zone: tzinfo,
-        in_transaction: bool,
+        in_transaction: Callable[[], bool],
         has_inbox: bool,
         application: str | None,
         key: str | None,
         mandatory: bool,
         also_declare: Sequence[Queue],
+        declarations: Declarations,
     ) -> None:
         self._real = producer
         self._stage_envelope = stage
@@ -186,12 +198,11 @@ class StagingProducer(Producer):
         self._ordering_key = key
         self._mandatory = mandatory
         self._also_declare = also_declare
-        super().__init__(
-            None,
-            auto_declare=False,
-            serializer=producer.serializer,
-            compression=producer.compression,
-        )
+        self._declarations = declarations
+        # Not kombu's __init__, which takes longer than all of this: it would make an exchange, and
+        # what batches of a channel need.
+        self.serializer = producer.serializer
+        self.compression = producer.compression
 
     @property
     def connection(self) -> Connection:
@@ -200,7 +211,7 @@ class StagingProducer(Producer):
 
     def publish(self, body: Any, **options: Any) -> Any:
         """Run kombu's publish without its retries: they belong to the relay."""
-        if self._described is None and not self._in_transaction:
+        if self._described is None and not self._in_transaction():
             return self._real.publish(body, **options)
         options.update(retry=False, retry_policy=None)
         return super().publish(body, **options)
@@ -254,7 +265,7 @@ class StagingProducer(Producer):
                 exchange=exchange,
                 routing_key=routing_key,
                 mandatory=bool(mandatory or (described and self._mandatory)),
-                declare=tuple(freeze(entity) for entity in entities),
+                declare=tuple([self._declarations.of(entity) for entity in entities]),
                 keep=has_inbox,
                 due_at=due_at,
                 expires_at=expires_at,

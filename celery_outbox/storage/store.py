@@ -18,6 +18,7 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal_column,
     select,
     update,
 )
@@ -119,7 +120,7 @@ class Store:
         outbox = tables.outbox
         self._channel = channel_of(outbox.fullname)
         stage = insert(outbox).values(
-            attempts=0,
+            attempts=literal_column("0"),
             created_at=self.dialect.now(),
             available_at=func.coalesce(
                 bindparam("not_before", type_=UTCDateTime), self.dialect.now()
@@ -151,7 +152,7 @@ class Store:
             if published:
                 silently = self._is_taken_care_of(connection, published)
                 stage = self._stage_silently if silently else self._stage
-                connection.execute(stage, list(published))
+                self.dialect.insert(connection, stage, published)
             if local:
                 self.local.put(connection, local)
         except (OperationalError, ProgrammingError):

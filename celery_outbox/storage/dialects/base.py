@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from hashlib import sha256
@@ -189,7 +189,7 @@ class Dialect:
         one writer.
         """
 
-    def notifying(self, stage: Insert, channel: str) -> Executable:
+    def notifying(self, stage: Insert, channel: str) -> Insert:
         """Return `stage`, so that its commit tells those who listen to `channel`, if there is a way."""
         return stage
 
@@ -257,6 +257,12 @@ class Dialect:
     def is_busy(self, error: BaseException) -> bool:
         """Whether `error` says no more than that another writer was there first."""
         return False
+
+    def insert(
+        self, connection: Connection, statement: Insert, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Run the same insert for all `rows`, which have its parameters."""
+        connection.execute(statement, list(rows))
 
     def receive(self, inbox: Table) -> Executable:
         """The statement that inserts an inbox row, or inserts nothing and returns nothing.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
+    Compiled,
     Connection,
     Engine,
     Executable,
@@ -45,6 +47,9 @@ class PostgreSQL(Dialect):
 
     name = "postgresql"
 
+    def __init__(self) -> None:
+        self._compiled: WeakKeyDictionary[Insert, Compiled] = WeakKeyDictionary()
+
     def now(self) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.
         return func.now(type_=UTCDateTime)
@@ -67,7 +72,7 @@ class PostgreSQL(Dialect):
         lock = func.unnest(bindparam("locks", locks, type_=ARRAY(BigInteger))).column_valued("lock")
         connection.execute(select(func.pg_advisory_xact_lock(lock)))
 
-    def notifying(self, stage: Insert, channel: str) -> Executable:
+    def notifying(self, stage: Insert, channel: str) -> Insert:
         # For each row; of equal ones in a transaction the database sends one, at its commit.
         return stage.returning(func.pg_notify(channel, ""))
 
@@ -125,6 +130,22 @@ class PostgreSQL(Dialect):
         parameters = {"wanted_queues": list(queues), "wanted_priorities": list(priorities)}
         return connection.execute(taken, parameters).all()
 
+    def insert(
+        self, connection: Connection, statement: Insert, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        if connection.dialect.driver != "psycopg" or _translates_schemas(connection):
+            super().insert(connection, statement, rows)
+            return
+        # The driver takes our rows as they are: a third of the time goes to SQLAlchemy's own
+        # processing of parameters.
+        if (compiled := self._compiled.get(statement)) is None:
+            # Inline: without the ids, which nobody asks for.
+            compiled = self._compiled[statement] = statement.inline().compile(
+                dialect=connection.dialect, column_keys=list(rows[0])
+            )
+        constants = compiled.params
+        connection.exec_driver_sql(str(compiled), [{**constants, **row} for row in rows])
+
     def receive(self, inbox: Table) -> Executable:
         # ON CONFLICT alone would wait for a concurrent first execution to end, and hold a worker's
         # slot as long; the advisory lock ends with the transaction that took it, and never waits.
@@ -181,3 +202,7 @@ class _Listener:
             yield
         except self._errors as exc:
             raise OperationalError("LISTEN", None, exc) from exc
+
+
+def _translates_schemas(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("schema_translate_map"))
