@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -30,6 +32,7 @@ from celery_outbox.storage import schema
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.dialects.base import lock_of
 from celery_outbox.storage.local import LocalStore
+from celery_outbox.storage.low_water import LowWater
 from celery_outbox.storage.notifications import Listener, channel_of
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
@@ -119,6 +122,7 @@ class Store:
         self.local = LocalStore(engine, tables, notifies=notifies)
         outbox = tables.outbox
         self._channel = channel_of(outbox.fullname)
+        self._low_water = LowWater()
         stage = insert(outbox).values(
             attempts=literal_column("0"),
             created_at=self.dialect.now(),
@@ -183,11 +187,15 @@ class Store:
 
     def claim(self, limit: int, lease_seconds: float) -> Batch:
         """Take up to `limit` available envelopes under a lease; each counts an attempt."""
-        return self._lease(self.dialect.claim, limit, lease_seconds)
+        start, began = self._low_water.start(), time.monotonic()
+        claim = partial(self.dialect.claim, start=start)
+        token, rows = self._lease(claim, limit, lease_seconds)
+        self._low_water.looked(start, rows, time.monotonic() - began)
+        return _batch(token, rows)
 
     def _lease(
         self, claim: Callable[..., Sequence[Row[Any]]], limit: int, lease_seconds: float
-    ) -> Batch:
+    ) -> tuple[str, Sequence[Row[Any]]]:
         token = str(uuid.uuid4())
         with self.engine.begin() as connection:
             rows = claim(
@@ -197,8 +205,7 @@ class Store:
                 lease_seconds=lease_seconds,
                 token=token,
             )
-        rows = sorted(rows, key=lambda row: int(row.id))
-        return Batch(token, rows[0].now if rows else None, [_claimed(row) for row in rows])
+        return token, rows
 
     def renew(self, batch: Batch, lease_seconds: float) -> int:
         """Let the lease of what is left of a batch last `lease_seconds` from now; return how many."""
@@ -399,7 +406,8 @@ class FreshestFirst(Store):
         """Take up to `wanted` envelopes without an ordering key; each counts an attempt."""
         if not self.wanted:
             return Batch("", None, [])
-        return self._lease(self.dialect.claim_freshest, min(limit, self.wanted), lease_seconds)
+        limit = min(limit, self.wanted)
+        return _batch(*self._lease(self.dialect.claim_freshest, limit, lease_seconds))
 
 
 def row_of(envelope: Envelope) -> Mapping[str, Any]:
@@ -416,6 +424,11 @@ def row_of(envelope: Envelope) -> Mapping[str, Any]:
         "not_before": envelope.due_at,
         "expires_at": envelope.expires_at,
     }
+
+
+def _batch(token: str, rows: Sequence[Row[Any]]) -> Batch:
+    rows = sorted(rows, key=lambda row: int(row.id))
+    return Batch(token, rows[0].now if rows else None, [_claimed(row) for row in rows])
 
 
 def _claimed(row: Row[Any]) -> Claimed:

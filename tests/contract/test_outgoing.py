@@ -10,6 +10,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import OperationalError
 
 from celery_outbox.envelope import Envelope
+from celery_outbox.storage import low_water
 from celery_outbox.storage.store import Batch, Settlement, Store, row_of
 from tests.contract.conftest import Database
 
@@ -171,6 +172,24 @@ def test_what_is_not_due_is_not_claimed(store: Store) -> None:
     stage(store, "tomorrow", due_at=NOW + timedelta(days=1))
     stage(store, "now")
     assert ids(claim(store)) == ["now"]
+
+
+def test_a_claim_that_begins_where_the_last_one_ended_forgets_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accident 14: dead rows that an old snapshot keeps are not read again by each claim."""
+    monkeypatch.setattr(low_water, "_SLOW", -1.0)
+    monkeypatch.setattr(low_water, "_OFTEN", 1)
+    stage(store, "first", due_at=NOW - timedelta(hours=1))
+    assert ids(claim(store)) == ["first"]
+    # As if it had been committed late.
+    stage(store, "late", due_at=NOW - timedelta(hours=2))
+    stage(store, "next", due_at=NOW - timedelta(minutes=1))
+    stage(store, "new")
+    passed_over = store.dialect.name == "postgresql"
+    assert ids(claim(store)) == [*([] if passed_over else ["late"]), "next", "new"]
+    monkeypatch.setattr(store._low_water, "_full_look_at", 0.0)
+    assert ids(claim(store)) == (["late"] if passed_over else [])
 
 
 def test_a_leased_row_is_not_claimed_until_its_lease_is_over(store: Store) -> None:

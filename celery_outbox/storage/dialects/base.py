@@ -29,6 +29,7 @@ from sqlalchemy import (
     update,
 )
 
+from celery_outbox.storage.low_water import Mark
 from celery_outbox.storage.notifications import Listener
 
 __all__ = ["CLAIMED", "RECEIVED", "Dialect", "lock_of"]
@@ -79,11 +80,14 @@ class Dialect:
         limit: int,
         lease_seconds: float,
         token: str,
+        start: Mark | None = None,
     ) -> Sequence[Row[Any]]:
         """Take up to `limit` available rows under a lease, and return them with the time.
 
         Of the rows with an ordering key only the first of each key may go, and only once it is
         available itself; they get half of the places, so that neither kind starves the other.
+
+        Rows without a key before `start` are passed over, where `begins_at` knows how.
 
         The rows are locked in a CTE: an IN over a bare subquery with LIMIT may be planned as a loop
         that locks more than the limit.
@@ -102,7 +106,7 @@ class Dialect:
         places_left = limit - select(func.count()).select_from(ordered).scalar_subquery()
         others = self.skip_locked(
             select(columns.id)
-            .where(columns.ordering_key.is_(None), available)
+            .where(columns.ordering_key.is_(None), available, *self.begins_at(outbox, start))
             .order_by(*in_order)
             .limit(places_left)
         ).cte("others")
@@ -171,6 +175,10 @@ class Dialect:
         A claim that a crash of the database undoes is as good as one that another relay repeats: its
         batch is published twice at worst, and the lease token is gone.
         """
+        return ()
+
+    def begins_at(self, outbox: Table, start: Mark | None) -> Sequence[ColumnElement[bool]]:
+        """The conditions by which a claim begins at `start`; none where dead rows hold nobody up."""
         return ()
 
     def first_of_each_key(self, outbox: Table) -> Select[Any]:

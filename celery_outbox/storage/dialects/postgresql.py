@@ -25,14 +25,17 @@ from sqlalchemy import (
     bindparam,
     column,
     func,
+    literal,
     select,
     true,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import OperationalError
 
 from celery_outbox.storage.dialects.base import RECEIVED, Dialect, lock_of
+from celery_outbox.storage.low_water import Mark
 from celery_outbox.storage.notifications import Listener
 from celery_outbox.storage.tables import UTCDateTime
 
@@ -57,6 +60,13 @@ class PostgreSQL(Dialect):
     def after(self, seconds: ColumnElement[float] | float) -> ColumnElement[datetime]:
         # make_interval(years, months, weeks, days, hours, mins, secs)
         return func.now(type_=UTCDateTime) + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+
+    def begins_at(self, outbox: Table, start: Mark | None) -> Sequence[ColumnElement[bool]]:
+        if start is None:
+            return ()
+        # Compared as a pair, as the index is sorted: what was stored in one transaction has one time.
+        here = tuple_(literal(start.available_at, UTCDateTime), literal(start.id, BigInteger))
+        return (tuple_(outbox.c.available_at, outbox.c.id) > here,)
 
     def among(self, column: ColumnElement[int], ids: Sequence[int]) -> ColumnElement[bool]:
         # One parameter, where IN has one for each: composing those costs more than the deletes.
