@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 from celery import chord
-from sqlalchemy import text
 
 from tests.journeys.flows import FLOWS, Flow, Run
 from tests.journeys.making import Making
+from tests.journeys.memory import Memory
 from tests.journeys.site import Site, new_tag
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BACKENDS = ("redis", "database")
 
@@ -74,27 +74,23 @@ class Story:
         """Start every run, wait for their ends, and deliver every message once more."""
         site = _site(backend, sites)
         story = cls(site)
-        _keep_every_message(site)
+        memory = Memory(site)
         site.worker("--concurrency=6", module="tests.faults.chord_worker")
         site.relay()
         for flow, point in CASES:
             story.runs[flow, point] = _start(CHORDS[flow], site, point)
         story._end(_finish)
         story.struck = site.points.struck_runs()
-        with site.engine.begin() as connection:
-            connection.execute(text("DROP TRIGGER keep_message ON outbox"))
-            every = text("SELECT * FROM every_message ORDER BY id")
-            rows = [dict(row) for row in connection.execute(every).mappings()]
-        site.insert_again(rows)
+        memory.deliver_again()
         story._end(_ask_again)
         return story
 
     def _end(self, finish: Callable[[Run, float], None]) -> None:
         # All go on at once, so they share the time: the first may well be the last to end.
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         for case, run in self.runs.items():
             self._note(case, partial(finish, run, deadline))
-        self.site.wait_quiet(60)
+        self.site.wait_quiet(240)
         for case, run in self.runs.items():
             self._note(case, run.verify)
 
@@ -151,11 +147,11 @@ def test_a_part_is_delivered_twice_at_once(sites: Making, backend: str) -> None:
     workers = [site.worker("--concurrency=2", f"--hostname={name}@%h") for name in ("one", "two")]
     site.relay()
     site.wait_for_body(tag)
-    wait_until(lambda: any("goes back" in worker.log for worker in workers), 30, "a duplicate")
+    wait_until(lambda: any("goes back" in worker.log for worker in workers), 90, "a duplicate")
     assert site.runs(tag).count("part 1") == 1
     assert not result.ready()
     site.open_gate(tag)
-    assert result.get(timeout=30) == ["part 1", "part 2"]
+    assert result.get(timeout=90) == ["part 1", "part 2"]
     site.wait_quiet()
     assert site.effects(tag) == ["part 1", "part 2", "total"]
     assert site.runs(tag) == ["part 1", "part 2", "total"]
@@ -202,16 +198,3 @@ def _start(flow: Flow, site: Site, point: str) -> Run:
     # A stock part does not wait for the commit.
     tag = new_tag(f"{flow.name}@{point}")
     return Run(flow, site, tag, flow.build(site, tag).apply_async())
-
-
-def _keep_every_message(site: Site) -> None:
-    """Let the database remember what was ever in the outbox."""
-    with site.engine.begin() as connection:
-        for statement in (
-            "CREATE TABLE every_message AS SELECT * FROM outbox",
-            """CREATE FUNCTION keep_message() RETURNS trigger LANGUAGE plpgsql AS
-               $$ BEGIN INSERT INTO every_message SELECT NEW.*; RETURN NEW; END $$""",
-            """CREATE TRIGGER keep_message AFTER INSERT ON outbox
-               FOR EACH ROW EXECUTE FUNCTION keep_message()""",
-        ):
-            connection.execute(text(statement))

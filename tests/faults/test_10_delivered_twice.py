@@ -12,6 +12,7 @@ from sqlalchemy import func, select, text
 
 from tests.journeys.flows import FLOWS, Flow, Run
 from tests.journeys.making import Making
+from tests.journeys.memory import Memory
 from tests.journeys.site import Site, new_tag
 from tests.support.processes import Process
 from tests.support.proxy import TcpProxy
@@ -45,11 +46,11 @@ def _relay(site: Site) -> None:
 @pytest.mark.parametrize("flow", FLOWS, ids=[flow.name for flow in FLOWS])
 def test_one_after_the_other(place: Site, flow: Flow) -> None:
     """Every message of the flow is delivered a second time when the flow is over."""
-    seen: dict[str, dict[str, Any]] = {}
+    memory = Memory(place)
     run = flow.start(place)
-    result = _finish_relaying(place, run, seen)
+    result = _finish_relaying(place, run)
     incoming = _incoming(place)
-    place.insert_again(list(seen.values()))
+    assert memory.deliver_again()
     _relay(place)
     place.wait_quiet()
     run.verify()
@@ -72,7 +73,7 @@ def test_at_once(sites: Making, database: str, pool: str) -> None:
         assert site.runs(tag) == ["done"]
         assert site.left() == 2
     site.open_gate(tag)
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     site.wait_quiet()
     assert site.effects(tag) == ["done"]
     assert site.runs(tag) == ["done"]
@@ -90,7 +91,7 @@ def test_at_once_and_the_first_fails_to_commit(sites: Making, database: str) -> 
     _wait_given_back(workers)
     site.open_gate(tag)
     site.points.wait_struck("committing")
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     site.wait_quiet()
     assert site.effects(tag) == ["done"]
     assert site.runs(tag) == ["done", "done"]
@@ -112,11 +113,11 @@ def test_many_copies_leave_a_slot(
     worker = _worker(site, pool, slots, "one")
     site.wait_for_body(tag)
     others = [_without_effects(site, number) for number in range(3)]
-    assert [other.get(timeout=60) for other in others] == [0, 1, 2]
+    assert [other.get(timeout=90) for other in others] == [0, 1, 2]
     assert site.runs(tag) == ["done"]
     _wait_given_back([worker])
     site.open_gate(tag)
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     site.wait_quiet()
     assert site.effects(tag) == ["done"]
     assert site.runs(tag) == ["done"]
@@ -136,7 +137,7 @@ def test_redelivered_by_redis_while_it_runs(sites: Making, database: str, pool: 
     _wait_given_back([worker])
     assert site.runs(tag) == ["done"]
     site.open_gate(tag)
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     site.wait_quiet()
     assert site.effects(tag) == ["done"]
     assert site.runs(tag) == ["done"]
@@ -164,7 +165,7 @@ def test_redelivered_by_rabbitmq_while_it_runs(
         assert site.left() == 1
         proxy.accept()
         site.open_gate(tag)
-        assert result.get(timeout=30) == "done"
+        assert result.get(timeout=90) == "done"
         site.wait_quiet()
         assert first.alive
     assert site.effects(tag) == ["done"]
@@ -178,7 +179,7 @@ def test_a_day_later(place: Site) -> None:
     result = site.send(site.task("spawning").s(tag=tag))
     rows = site.rows()
     _relay(site)
-    assert result.get(timeout=30) == "parent"
+    assert result.get(timeout=90) == "parent"
     _relay(site)
     site.wait_effects(tag, ["child 1", "child 2", "parent"])
     _make_older(site, "1 day")
@@ -186,7 +187,7 @@ def test_a_day_later(place: Site) -> None:
     site.app.backend.client.flushdb()  # the result is gone, too
     site.insert_again(rows)
     _relay(site)
-    assert result.get(timeout=30) == "parent"
+    assert result.get(timeout=90) == "parent"
     site.wait_quiet()
     assert site.runs(tag) == ["child 1", "child 2", "parent"]
     _make_older(site, "7 days")
@@ -217,15 +218,14 @@ def _worker(site: Site, pool: str, slots: int, name: str, **options: Any) -> Pro
     return site.worker(*arguments, **options)
 
 
-def _finish_relaying(site: Site, run: Run, seen: dict[str, dict[str, Any]]) -> Any:
-    """Relay, looking at each message, until the flow is over; return the state of its result."""
+def _finish_relaying(site: Site, run: Run) -> Any:
+    """Relay until the flow is over; return the state of its result."""
 
     def over() -> bool:
-        seen.update({row["key"]: row for row in site.rows()})
         site.outbox.relay_all()
         return site.is_quiet() and len(site.effects(run.tag)) >= len(run.flow.effects)
 
-    wait_until(over, 30, f"the end of {run.tag}")
+    wait_until(over, 90, f"the end of {run.tag}")
     run.finish()
     site.wait_quiet()
     return _state(run)
@@ -255,6 +255,6 @@ def _wait_given_back(workers: list[Any]) -> None:
     before = sum(worker.log.count("goes back: ") for worker in workers)
     wait_until(
         lambda: sum(worker.log.count("goes back: ") for worker in workers) > before,
-        60,
+        90,
         "a delivery that is given back",
     )

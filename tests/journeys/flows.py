@@ -34,7 +34,7 @@ _EVERYWHERE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flow:
     """A canvas: `effects` are in the database once, when it is over; `result` is what it returns."""
 
@@ -65,7 +65,7 @@ class Run:
     tag: str
     result: Any
 
-    def finish(self, timeout: float = 30.0) -> None:
+    def finish(self, timeout: float = 90.0) -> None:
         """Wait for its end: its result and all its effects."""
         self._compare_result(self.result, timeout)
         wait_until(
@@ -85,7 +85,7 @@ class Run:
 
     def ask_again(self) -> None:
         """Compare what the result backend holds now."""
-        self._compare_result(_unread(self.result), 10)
+        self._compare_result(_unread(self.result), 60)
 
     def _compare_result(self, result: Any, timeout: float) -> None:
         flow = self.flow
@@ -123,7 +123,7 @@ def _revoked(site: Site, tag: str) -> Any:
     signature = site.step(tag, "never").set(link=[site.step(tag, "never linked")])
     signature.freeze()
     # An answer says that a worker knows; later deliveries find no other worker.
-    assert site.app.control.revoke(signature.id, reply=True, timeout=20, limit=1)
+    assert site.app.control.revoke(signature.id, reply=True, timeout=90, limit=1)
     return signature
 
 

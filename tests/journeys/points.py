@@ -64,7 +64,7 @@ class Points:
         """Return the keys for which a process was struck at `point`."""
         return sorted(path.name.partition("~")[2] for path in self._struck.glob(f"{point}~*"))
 
-    def wait_struck(self, point: str, times: int = 1, timeout: float = 30.0) -> None:
+    def wait_struck(self, point: str, times: int = 1, timeout: float = 90.0) -> None:
         """Return when processes were struck at `point` so often."""
         wait_until(lambda: len(self.struck(point)) >= times, timeout, f"a strike at {point!r}")
 

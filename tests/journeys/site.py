@@ -200,7 +200,7 @@ class Site:
         with self.Session() as session:
             return sorted(session.scalars(select(Effect.name).where(Effect.tag == tag)))
 
-    def wait_effects(self, tag: str, expected: list[str], timeout: float = 30.0) -> None:
+    def wait_effects(self, tag: str, expected: list[str], timeout: float = 90.0) -> None:
         """Return when the effects are these (or more)."""
         wait_until(
             lambda: len(self.effects(tag)) >= len(expected),
@@ -209,7 +209,7 @@ class Site:
         )
         assert self.effects(tag) == sorted(expected)
 
-    def wait_quiet(self, timeout: float = 30.0) -> None:
+    def wait_quiet(self, timeout: float = 90.0) -> None:
         """Return when nothing is left to relay or to handle."""
         wait_until(self.is_quiet, timeout, "quiet")
 
@@ -224,7 +224,7 @@ class Site:
             and self.outbox.store.counts() == counts
         )
 
-    def relay_all(self, timeout: float = 30.0) -> None:
+    def relay_all(self, timeout: float = 90.0) -> None:
         """Be the relay, until the outbox is empty."""
 
         def empty() -> bool:
@@ -264,12 +264,12 @@ class Site:
 
     # Gates: bodies that wait for the test
 
-    def wait_at_gate(self, name: str, timeout: float = 60.0) -> None:
+    def wait_at_gate(self, name: str, timeout: float = 90.0) -> None:
         """In a body: say that it is there, and wait until the gate is opened."""
         (self.folder / f"{name}.waiting").touch()
         wait_until((self.folder / f"{name}.open").exists, timeout, f"gate {name}")
 
-    def wait_for_body(self, name: str, timeout: float = 30.0) -> None:
+    def wait_for_body(self, name: str, timeout: float = 90.0) -> None:
         """In the test: return when a body waits at the gate."""
         wait_until((self.folder / f"{name}.waiting").exists, timeout, f"a body at gate {name}")
 

@@ -34,10 +34,10 @@ def test_rpc(sites: Making) -> None:
     site.relay()
     tag = new_tag()
     result = site.send(site.step(tag))
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     failed = site.send(site.task("failing").s(tag=tag))
     with pytest.raises(Exception, match="as told"):
-        failed.get(timeout=30)
+        failed.get(timeout=90)
     assert site.effects(tag) == ["done"]
 
 

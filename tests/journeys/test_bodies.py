@@ -46,20 +46,20 @@ def _verify(site: Site, tag: str, effects: list[str]) -> None:
 def test_a_body_without_an_inbox(site: Site) -> None:
     tag = new_tag()
     incoming = site.outbox.store.counts()["incoming"]
-    assert _send(site, "without_inbox", tag).get(timeout=30) == "done"
+    assert _send(site, "without_inbox", tag).get(timeout=90) == "done"
     _verify(site, tag, ["child", "done"])
     assert site.outbox.store.counts()["incoming"] == incoming + 1  # the child's
 
 
 def test_a_body_without_a_session(site: Site) -> None:
     tag = new_tag()
-    assert _send(site, "without_session", tag).get(timeout=30) == "done"
+    assert _send(site, "without_session", tag).get(timeout=90) == "done"
     _verify(site, tag, ["child", "done"])
 
 
 def test_a_body_that_commits_and_rolls_back_its_session(site: Site) -> None:
     tag = new_tag()
-    assert _send(site, "committing_itself", tag).get(timeout=30) == "done"
+    assert _send(site, "committing_itself", tag).get(timeout=90) == "done"
     site.wait_quiet()
     effects = site.effects(tag)
     assert [name for name in effects if name != "child"] == ["committed", "pending"]
@@ -68,27 +68,27 @@ def test_a_body_that_commits_and_rolls_back_its_session(site: Site) -> None:
 def test_a_commit_in_the_body_is_undone_when_the_body_fails(site: Site) -> None:
     tag = new_tag()
     with pytest.raises(Oops):
-        _send(site, "committing_itself", tag, fail=True).get(timeout=30)
+        _send(site, "committing_itself", tag, fail=True).get(timeout=90)
     _verify(site, tag, [])
 
 
 def test_code_with_a_session_of_its_own_joins(site: Site) -> None:
     tag = new_tag()
-    assert _send(site, "joining", tag).get(timeout=30) == "done"
+    assert _send(site, "joining", tag).get(timeout=90) == "done"
     _verify(site, tag, ["joined"])
 
 
 def test_code_with_a_session_of_its_own_is_undone_when_the_body_fails(site: Site) -> None:
     tag = new_tag()
     with pytest.raises(Oops):
-        _send(site, "joining", tag, fail=True).get(timeout=30)
+        _send(site, "joining", tag, fail=True).get(timeout=90)
     _verify(site, tag, [])
 
 
 def test_the_users_own_call_is_kept(site: Site) -> None:
     """A base class with a __call__, as Flask's application context around a task."""
     tag = new_tag()
-    assert _send(site, "in_context", tag).get(timeout=30) == "in context"
+    assert _send(site, "in_context", tag).get(timeout=90) == "in context"
     _verify(site, tag, ["in context"])
 
 
@@ -107,7 +107,7 @@ def test_a_hard_time_limit_is_recorded_once(site: Site) -> None:
     signature.set(link_error=[site.task("handle_error").s(tag=tag)])
     result = site.send(signature)
     with pytest.raises(Exception, match="TimeLimitExceeded"):
-        result.get(timeout=30)
+        result.get(timeout=90)
     _verify(site, tag, ["error handled"])
     assert site.runs(tag) == ["error handled", "never"]
 
@@ -118,7 +118,7 @@ def test_a_soft_time_limit_is_a_failure(site: Site) -> None:
     signature.set(link_error=[site.task("handle_error").s(tag=tag)])
     result = site.send(signature)
     with pytest.raises(Exception, match="SoftTimeLimitExceeded"):
-        result.get(timeout=30)
+        result.get(timeout=90)
     _verify(site, tag, ["error handled"])
     assert site.runs(tag) == ["error handled", "never"]
 
@@ -131,7 +131,7 @@ def test_a_countdown_rests_in_the_database(site: Site) -> None:
         result = site.task("step").apply_async(kwargs={"tag": tag, "name": "done"}, countdown=2)
     assert site.outbox.store.counts()["scheduled"] == 1
     assert site.left() == 0
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     assert datetime.now(timezone.utc) - before >= timedelta(seconds=2)
     _verify(site, tag, ["done"])
 
@@ -164,7 +164,7 @@ def test_priority_reaches_the_broker(site: Site) -> None:
     with site.Session.begin():
         for priority in (0, 3, 5, 1):
             site.step(tag).apply_async(priority=priority, queue="urgent")
-    wait_until(lambda: not site.pending(), 30, "an empty outbox")
+    wait_until(lambda: not site.pending(), 90, "an empty outbox")
     with site.app.connection_for_read() as connection:
         messages = [connection.default_channel.basic_get("urgent") for _ in range(4)]
         assert [message.properties["priority"] for message in messages] == [5, 3, 1, 0]
@@ -177,43 +177,43 @@ def test_children_are_known(site: Site) -> None:
     """AsyncResult.children, as stock Celery tells them."""
     tag = new_tag()
     result = _send(site, "spawning", tag)
-    assert result.get(timeout=30) == "parent"
+    assert result.get(timeout=90) == "parent"
     children = result.children
-    assert sorted(child.get(timeout=30) for child in children) == ["child 1", "child 2"]
+    assert sorted(child.get(timeout=90) for child in children) == ["child 1", "child 2"]
     _verify(site, tag, ["child 1", "child 2", "parent"])
 
 
 def test_signals_are_seen(site: Site, worker: Process) -> None:
     tag = new_tag()
     result = _send(site, "step", tag, name="done")
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     for name in ("task_prerun", "task_success", "task_postrun"):
         worker.wait_for_log(f"signal {name} {result.id}")
     failed = _send(site, "failing", tag)
     with pytest.raises(Oops):
-        failed.get(timeout=30)
+        failed.get(timeout=90)
     worker.wait_for_log(f"signal task_failure {failed.id}")
     retried = _send(site, "retrying", tag, times=1)
-    assert retried.get(timeout=30) == "done"
+    assert retried.get(timeout=90) == "done"
     worker.wait_for_log(f"signal task_retry {retried.id}")
 
 
 def test_a_plain_task_calls_a_durable_one(site: Site) -> None:
     tag = new_tag()
-    assert site.task("plain_calling_durable").delay(tag=tag).get(timeout=30) == "plain"
+    assert site.task("plain_calling_durable").delay(tag=tag).get(timeout=90) == "plain"
     _verify(site, tag, ["durable", "plain"])
 
 
 def test_a_durable_task_calls_a_plain_one(site: Site) -> None:
     tag = new_tag()
-    assert _send(site, "durable_calling_plain", tag).get(timeout=30) == "durable"
+    assert _send(site, "durable_calling_plain", tag).get(timeout=90) == "durable"
     _verify(site, tag, ["durable", "plain"])
 
 
 def test_a_failed_durable_task_has_called_nobody(site: Site) -> None:
     tag = new_tag()
     with pytest.raises(Oops):
-        _send(site, "durable_calling_plain", tag, fail=True).get(timeout=30)
+        _send(site, "durable_calling_plain", tag, fail=True).get(timeout=90)
     _verify(site, tag, [])
 
 
@@ -222,5 +222,5 @@ def test_a_session_of_the_app_is_the_callers(site: Site) -> None:
     with site.Session.begin() as session:
         session.add(Effect(tag=tag, name="app"))
         result = site.step(tag).delay()
-    assert result.get(timeout=30) == "done"
+    assert result.get(timeout=90) == "done"
     _verify(site, tag, ["app", "done"])

@@ -14,7 +14,7 @@ from tests.support.waiting import wait_until
 def site(request: pytest.FixtureRequest, sites: Making) -> Iterator[Site]:
     """A site in this process."""
     site = sites("memory", request.param, "cache+memory://")
-    with start_worker(site.app, perform_ping_check=False, shutdown_timeout=30):
+    with start_worker(site.app, perform_ping_check=False, shutdown_timeout=90):
         yield site
 
 
@@ -28,8 +28,8 @@ def test_there_and_back(site: Site) -> None:
         site.outbox.relay_all()
         return len(site.effects(tag)) == 3
 
-    wait_until(relay, 30, "three effects")
-    assert result.get(timeout=10) == "b"
+    wait_until(relay, 90, "three effects")
+    assert result.get(timeout=90) == "b"
     assert site.effects(tag) == ["a", "app", "b"]
 
 
@@ -42,5 +42,5 @@ def test_nothing_for_a_roll_back(site: Site) -> None:
     assert site.outbox.relay_all().claimed == 0
     witness = site.send(site.step(tag, "witness"))
     assert site.outbox.relay_all().confirmed == 1
-    assert witness.get(timeout=30) == "witness"
+    assert witness.get(timeout=90) == "witness"
     assert site.effects(tag) == ["witness"]

@@ -41,7 +41,7 @@ def test_beat_drives_the_relay_in_a_queue_of_its_own(sites: Making) -> None:
     tags = _send(site, 3)
     site.worker("--queues=relays")
     site.beat()
-    wait_until(lambda: not site.pending(), 30, "an empty outbox")
+    wait_until(lambda: not site.pending(), 90, "an empty outbox")
     assert not site.runs(tags[0])
     site.worker("--queues=celery")
     for tag in tags:
@@ -66,7 +66,7 @@ def test_several_relays_share_the_work(sites: Making) -> None:
     for relay in relays:
         relay.wait_for_log("relay: ready")
     tags += _send(site, 300)
-    wait_until(lambda: not site.pending(), 30, "an empty outbox")
+    wait_until(lambda: not site.pending(), 90, "an empty outbox")
     assert site.left() == 600
     for relay in relays:
         assert relay.terminate() == 0
@@ -83,7 +83,7 @@ def test_a_relay_that_is_told_to_stop_ends_its_batch(sites: Making, broker: str)
         for number in range(2000):
             site.step(f"load{number}").delay()
     relay = site.relay()
-    wait_until(lambda: site.left() > 100, 30, "the relay at work")
+    wait_until(lambda: site.left() > 100, 90, "the relay at work")
     assert relay.terminate() == 0
     assert re.search("relay: SIGTERM, ending the batch in hand", relay.log)
     assert re.search("relay: stopped", relay.log)

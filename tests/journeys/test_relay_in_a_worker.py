@@ -51,7 +51,7 @@ def test_told_to_stop_it_ends_its_batch(sites: Making) -> None:
     site = sites(outbox_relay_in_worker=True, outbox_batch_size=10)
     worker = site.worker("--queues=nothing")
     _send(site, 500)
-    wait_until(lambda: site.left() > 0, 30, "a message in the broker")
+    wait_until(lambda: site.left() > 0, 90, "a message in the broker")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     assert site.outbox.store.counts()["in_flight"] == 0

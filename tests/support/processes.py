@@ -98,7 +98,7 @@ class Process:
         """All that the process wrote so far, over its restarts."""
         return self.log_path.read_text(errors="replace")
 
-    def wait_for_log(self, pattern: str, timeout: float = 30.0, after: int = 0) -> re.Match[str]:
+    def wait_for_log(self, pattern: str, timeout: float = 90.0, after: int = 0) -> re.Match[str]:
         """Return the first match of ``pattern`` in the log, from the character ``after`` on.
 
         Raises `ProcessEnded` with the end of the log when the process ends without it.
@@ -121,7 +121,7 @@ class Process:
         assert found is not None
         return found
 
-    def wait(self, timeout: float = 30.0) -> int:
+    def wait(self, timeout: float = 90.0) -> int:
         """Wait until the process ends by itself; return its exit code."""
         wait_until(lambda: not self.alive, timeout, f"the end of {self.name}")
         code = self._child.wait()
@@ -132,7 +132,7 @@ class Process:
         """Kill it and all its descendants (SIGKILL); return when they ended."""
         self._clear()
 
-    def terminate(self, timeout: float = 30.0) -> int:
+    def terminate(self, timeout: float = 90.0) -> int:
         """Ask the process itself to end (SIGTERM) and wait for it; return its exit code."""
         self.signal(signal.SIGTERM)
         return self.wait(timeout)
@@ -200,7 +200,7 @@ def celery_worker(
     env: Mapping[str, str] | None = None,
     *args: str,
     log: Path | None = None,
-    ready_timeout: float | None = 30.0,
+    ready_timeout: float | None = 90.0,
 ) -> Process:
     """Start ``celery -A app_module worker``; return when it is ready (``None``: at once).
 
@@ -232,7 +232,7 @@ def celery_beat(
     env: Mapping[str, str] | None = None,
     *args: str,
     log: Path | None = None,
-    ready_timeout: float | None = 30.0,
+    ready_timeout: float | None = 90.0,
 ) -> Process:
     """Start ``celery -A app_module beat``, its schedule in ``cwd``; return when it is ready."""
     name = f"beat-{next(_numbers)}"

@@ -13,7 +13,7 @@ class WaitTimeout(AssertionError):
 
 def wait_until(
     predicate: Callable[[], Value],
-    timeout: float = 30.0,
+    timeout: float = 90.0,
     what: str = "the condition",
     interval: float = 0.02,
 ) -> Value:
