@@ -223,7 +223,7 @@ def _finish_relaying(site: Site, run: Run) -> Any:
 
     def over() -> bool:
         site.outbox.relay_all()
-        return site.is_quiet() and len(site.effects(run.tag)) >= len(run.flow.effects)
+        return site.is_quiet() and run.is_over()
 
     wait_until(over, 90, f"the end of {run.tag}")
     run.finish()

@@ -65,6 +65,13 @@ class Run:
     tag: str
     result: Any
 
+    def is_over(self) -> bool:
+        """Whether its result and all its effects are there."""
+        waited_for = self.flow.error is not None or self.flow.result is not NOTHING
+        if waited_for and self.site.setup.backend is not None and not _unread(self.result).ready():
+            return False
+        return len(self.site.effects(self.tag)) >= len(self.flow.effects)
+
     def finish(self, timeout: float = 90.0) -> None:
         """Wait for its end: its result and all its effects."""
         self._compare_result(self.result, timeout)
