@@ -30,6 +30,7 @@ from celery_outbox.errors import (
 from celery_outbox.hosting import WorkerRelay
 from celery_outbox.inbox.installation import install, installed_in
 from celery_outbox.inbox.joining import join_sessions_of
+from celery_outbox.inbox.parking import Parking
 from celery_outbox.inbox.task import DurableTask
 from celery_outbox.inbox.transaction import new_application
 from celery_outbox.local.queues import LocalQueues
@@ -154,6 +155,7 @@ class Outbox:
             self.app.on_after_configure.connect(self._add_beat_entry)
         beat_init.connect(self._check_beat)
         self.app.steps["worker"].update((WorkerChecks, WorkerRelay))
+        self.app.steps["consumer"].add(Parking)
 
     def _add_relay_task(self) -> None:
         # Stock, whatever class the app's tasks have.

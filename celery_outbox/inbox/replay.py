@@ -81,13 +81,13 @@ def _body_is_claimed(backend: Any, context: Context) -> bool:
     return claim not in (None, b"done", "done")
 
 
-def given_back(reason: BaseException) -> Any:
+def given_back(reason: BaseException, kind: type[Reject] = Reject) -> Any:
     """Return the tracer's answer for a delivery that goes back to the broker.
 
     Returned, not raised: only the prefork pool handles a `Reject` that comes out of the tracer. And
     as text, for it is pickled on its way to the worker's main process.
     """
-    return _answer(states.REJECTED, Reject(str(reason), requeue=True))
+    return _answer(states.REJECTED, kind(str(reason), requeue=True))
 
 
 def _answer(state: str, exception: Exception) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from celery.exceptions import TimeLimitExceeded
 from celery.worker.request import Request
+from celery.worker.state import task_ready
 
 from celery_outbox.envelope import message_key
+from celery_outbox.inbox.parking import Busy, park
 
 __all__ = ["DurableRequest"]
 
@@ -26,8 +29,12 @@ class DurableRequest(Request):
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> Any:
-        """End the child before a hard time limit is recorded."""
+        """Let a delivery wait that must; end the child before a hard time limit is recorded."""
         exception = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(exception, Busy):
+            task_ready(self)
+            pause = self.task.installation.config.busy_pause_seconds
+            return park(self.app, partial(self.reject, requeue=True), pause)
         if isinstance(exception, TimeLimitExceeded):
             self._end_child()
         return super().on_failure(exc_info, send_failed_event, return_ok)

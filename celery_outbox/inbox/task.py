@@ -16,12 +16,14 @@ from celery_outbox.errors import NotInstalled, NoTransaction
 from celery_outbox.inbox.backend import DurableBackend
 from celery_outbox.inbox.eager import run_eagerly
 from celery_outbox.inbox.installation import Installation, installation_of
+from celery_outbox.inbox.parking import Busy
 from celery_outbox.inbox.replay import given_back, replay
 from celery_outbox.inbox.request import DurableRequest
 from celery_outbox.inbox.transaction import (
     AnsweredElsewhere,
     GivenBack,
     InboxTransaction,
+    InExecution,
     current_transaction,
 )
 from celery_outbox.outbox.scope import SessionScope, open_scopes
@@ -161,9 +163,14 @@ class DurableTask(Task):
             transaction.forget()
 
     def _give_back(self, transaction: InboxTransaction, reason: BaseException) -> Any:
-        """Requeue the delivery, after a pause: a broker redelivers at once, hundreds a second."""
+        """Requeue the delivery, after a pause: a broker redelivers at once, hundreds a second.
+
+        While the database is away the pause is here, in the slot: nothing else could be done in it.
+        """
         logger.warning("%s[%s] goes back: %s", self.name, transaction.task_id, reason)
         events.emit(events.BUSY, key=transaction.key, error=str(reason))
+        if isinstance(reason, InExecution):
+            return given_back(reason, Busy)
         time.sleep(self.installation.config.busy_pause_seconds)
         return given_back(reason)
 

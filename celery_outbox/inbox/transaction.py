@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnsweredElsewhere",
     "GivenBack",
+    "InExecution",
     "InboxTransaction",
     "current_transaction",
     "new_application",
@@ -69,6 +70,10 @@ class GivenBack(BaseException):
 
     No `Exception`, so that it passes through Celery's tracer, which would make it a failure.
     """
+
+
+class InExecution(GivenBack):
+    """Another delivery of the same message is executed: this one comes again when it may be over."""
 
 
 class AnsweredElsewhere(BaseException):
@@ -115,7 +120,7 @@ class InboxTransaction:
     def begin(self) -> Handled | None:
         """Claim the execution, or return the record of it.
 
-        Raises `GivenBack` while another delivery of the same message is executed.
+        Raises `InExecution` while another delivery of the same message is executed.
         """
         store = self._installation.store
         if not self._holds_session:
@@ -145,7 +150,7 @@ class InboxTransaction:
             return None
         handled = store.handled(connection, self.key)
         if handled is None:
-            raise GivenBack(f"{self.task}[{self.task_id}] is being executed by another delivery")
+            raise InExecution(f"{self.task}[{self.task_id}] is being executed by another delivery")
         return handled
 
     def _claim_again(self) -> None:
