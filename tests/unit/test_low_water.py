@@ -1,12 +1,12 @@
 """Where a claim begins to look."""
 
+import time
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from celery_outbox.storage import low_water
 from celery_outbox.storage.low_water import LowWater, Mark
 
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)
@@ -30,7 +30,7 @@ def slow(water: LowWater, *rows: Any) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(low_water.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     return clock
 
 
