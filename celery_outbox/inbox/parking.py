@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from celery import bootsteps
 from celery.exceptions import Reject
@@ -23,6 +22,9 @@ __all__ = ["Busy", "Parking", "park"]
 
 #: More than so many are not fetched beside those that the worker may hold by itself.
 _PLACES = 100
+
+#: On the app itself, as its installation is.
+_ATTRIBUTE = "_celery_outbox_parking"
 
 
 class Busy(Reject):
@@ -38,7 +40,7 @@ class Parking(bootsteps.StartStopStep):
         super().__init__(consumer, **kwargs)
         self._consumer = consumer
         self._taken = 0
-        _parkings[consumer.app] = self
+        setattr(consumer.app, _ATTRIBUTE, self)
 
     def take(self, give_back: Callable[[], None], seconds: float) -> None:
         """Call `give_back` in `seconds`, in the worker's own loop. From any thread."""
@@ -63,12 +65,9 @@ class Parking(bootsteps.StartStopStep):
             consumer.timer.call_after(seconds, partial(consumer.call_soon, leave))
 
 
-_parkings: WeakKeyDictionary[Celery, Parking] = WeakKeyDictionary()
-
-
 def park(app: Celery, give_back: Callable[[], None], seconds: float) -> None:
     """Let a delivery wait in the app's worker, if it has one; else give it back now."""
-    parking = _parkings.get(app)
+    parking: Parking | None = getattr(app, _ATTRIBUTE, None)
     if parking is None:
         give_back()
     else:
