@@ -71,9 +71,9 @@ def test_two_thousand_tasks_through_every_fault(sites: Making) -> None:
         relays = [site.relay() for _ in range(2)]
         workers = [site.worker() for _ in range(2)]
         victims = itertools.cycle([*relays, *workers])
-        # A relay that has published and not settled, one in the middle of a batch, a pool's process
-        # that has committed and not acknowledged, and one that has not committed.
-        points = itertools.cycle(["published", "publishing", "handled", "committing"])
+        # A relay that has published and not settled, one that has claimed and not published, a pool's
+        # process that has committed and not acknowledged, and one that has not committed.
+        points = itertools.cycle(["published", "claimed", "handled", "committing"])
         faults = itertools.cycle(FAULTS)
         each = TASKS // ROUNDS
         for number in range(ROUNDS):
@@ -91,7 +91,7 @@ def test_two_thousand_tasks_through_every_fault(sites: Making) -> None:
         assert not site.dead()
         if isinstance(server, ServiceBus):
             _check_the_service(server, f"{prefix}celery")
-        for point in ("published", "publishing", "handled", "committing"):
+        for point in ("published", "claimed", "handled", "committing"):
             site.points.wait_struck(point)
 
 
