@@ -80,6 +80,8 @@ def verify(ctx: click.Context, queues: tuple[str, ...], json_wanted: bool) -> No
 
     Exits with 1 if a queue can't be used as it is.
     """
+    from celery_outbox.doctor.servicebus import repeat_seconds
+
     found = outbox_of_app(ctx)
     doubts: list[Doubt] = []
     with _namespace_of(found) as namespace:
@@ -91,14 +93,6 @@ def verify(ctx: click.Context, queues: tuple[str, ...], json_wanted: bool) -> No
     if json_wanted:
         print_json([asdict(doubt) for doubt in doubts])
     ctx.exit(int(any(doubt.level == "error" for doubt in doubts)))
-
-
-def repeat_seconds(found: Outbox) -> float:
-    """Return after how long a relay may repeat a send that is in doubt.
-
-    Its own lease ends first, and its queue may be left alone for the longest pause.
-    """
-    return found.config.lease_seconds + found.config.backoff_cap_seconds
 
 
 def _print(queue: str, doubts: list[Doubt]) -> None:

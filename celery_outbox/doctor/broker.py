@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kombu.transport import pyamqp
 
+from celery_outbox.doctor import servicebus
 from celery_outbox.doctor.finding import Finding, error, fine, skipped, warning
 from celery_outbox.errors import ConfigurationError
+from celery_outbox.relay.publishers import is_servicebus
 
 if TYPE_CHECKING:
     from kombu import Connection
@@ -67,6 +69,8 @@ def check_confirms(outbox: Outbox) -> Iterator[Finding]:
             yield from _confirms_of(connection, outbox.config.confirm_timeout_seconds)
         elif connection.transport.driver_type == "redis":
             yield from _memory_of(connection, keeps=outbox.config.keep_until_handled)
+        elif is_servicebus(connection):
+            yield from servicebus.sends(connection)
         elif outbox.config.trust_broker:
             yield warning(
                 f"outbox_trust_broker is set for the transport {connection.transport.driver_type!r}, "
@@ -156,8 +160,11 @@ def _memory_of(connection: Connection, *, keeps: bool) -> Iterator[Finding]:
 
 
 def check_queues(outbox: Outbox) -> Iterator[Finding]:
-    """Somebody consumes the app's queues. Only RabbitMQ can say who does."""
+    """Somebody consumes the app's queues, which only RabbitMQ can say; or they are made well."""
     with connected(outbox) as connection:
+        if is_servicebus(connection):
+            yield from servicebus.queues_of(outbox, connection)
+            return
         if not isinstance(connection.transport, pyamqp.Transport):
             yield skipped(
                 f"the transport {connection.transport.driver_type!r} does not know who consumes a queue"

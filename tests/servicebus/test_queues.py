@@ -114,3 +114,22 @@ def test_another_broker() -> None:
     said = servicebus(app, "verify")
     assert said.exit_code == 1
     assert "broker_url is none of Azure Service Bus" in said.output
+
+
+def test_doctor_knows_the_queues(app: Celery, queue: str) -> None:
+    missing = run(app, "doctor", "--check", "queues", "--check", "confirms")
+    assert f"error    queues: queue {queue}: does not exist" in missing.output
+    assert "warning  confirms: " in missing.output
+    servicebus(app, "create")
+    app.conf.broker_transport_options = {"use_lock_renewal": True}
+    made = run(app, "doctor", "--check", "queues", "--check", "confirms")
+    assert f"ok       queues: the app's queues are as they should be: {queue}" in made.output
+    assert "ok       confirms: " in made.output
+
+
+def test_doctor_without_the_right_to_manage(
+    app: Celery, servicebus_server: ServiceBus, queue: str
+) -> None:
+    app.conf.broker_url = servicebus_server.add_key("sends", "only", "Send")
+    said = run(app, "doctor", "--check", "queues")
+    assert "skipped  queues: the credentials may not manage" in said.output
