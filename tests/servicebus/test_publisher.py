@@ -201,12 +201,15 @@ def test_who_has_lost_the_lease_sends_no_more(
     publisher_to: Publishing, servicebus_server: ServiceBus, queue: str
 ) -> None:
     servicebus_server.plan([Fault("send", "reject", entity=queue, condition="amqp:not-allowed")])
-    publisher = publisher_to(timeout=5.0)
-    asked = itertools.count()
-    servicebus_server.delay_acknowledgements(0.5)
+    publisher = publisher_to(timeout=20.0)
+    servicebus_server.delay_acknowledgements(0.2)
+
+    def none_is_stored() -> bool:
+        return not servicebus_server.counts(queue)["stored"]
+
     try:
         # Refused as a batch, they go one by one, which takes its time.
-        outcomes = publisher.publish(batch(20, queue), lambda: next(asked) < 5)
+        outcomes = publisher.publish(batch(50, queue), none_is_stored)
     finally:
         servicebus_server.delay_acknowledgements(0)
     assert kinds(outcomes) == {Confirmed, Unknown}
