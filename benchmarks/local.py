@@ -25,7 +25,7 @@ from tests.support.processes import Process
 from tests.support.waiting import wait_until
 
 TITLE = "local: a local queue, from the first commit of a task to the last; one row per task"
-KILLED = "celery_outbox, 2 x prefork 2, killed at random"
+KILLED = "celery_outbox, 2 x prefork 4, killed at random"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _procrastinate(queue: str) -> list[str]:
 
 
 CONTENDERS = [
-    Contender("celery_outbox, prefork 2", ["local_app"], _celery("--concurrency=2")),
+    Contender("celery_outbox, prefork 4", ["local_app"], _celery("--concurrency=4")),
     Contender(
         "celery_outbox, threads 4",
         ["local_app"],

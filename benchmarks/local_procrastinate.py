@@ -56,9 +56,8 @@ def fill(messages: int, queue: str) -> None:
         connection.execute("DROP SCHEMA public CASCADE")
         connection.execute("CREATE SCHEMA public")
         connection.execute(EFFECTS)
-    synchronous = app.with_connector(procrastinate.SyncPsycopgConnector(conninfo=DSN))
     task = {"threads": "effect", "asyncio": "effect_async"}[queue]
-    with synchronous.open() as opened:
+    with app.open() as opened:
         opened.schema_manager.apply_schema()
         deferrer = opened.configure_task(task, queue=queue)
         for begin in range(0, messages, 500):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from queue import Empty
@@ -24,6 +25,8 @@ logger = logging.getLogger("celery_outbox.local")
 
 #: The most that is taken at once by who sets no limit.
 _LARGEST = 100
+#: How long a take may be put off until there is room for more, in seconds.
+_LONGEST_DELAY = 0.1
 
 
 class QoS(virtual.QoS):
@@ -90,6 +93,7 @@ class Channel(virtual.Channel):
             keep_house=self.host.keep_house,
         )
         self._no_ack: set[str] = set()
+        self._taken_at = 0.0
 
     # Publishing
 
@@ -117,7 +121,12 @@ class Channel(virtual.Channel):
 
     def drain(self, deliver: Callable[[Any, str], Any]) -> int:
         """Deliver what there is and may be delivered; return how much that was."""
-        taken = self.holding.take(self._active_queues, self.qos.room if self._consumers else 0)
+        room = self.qos.room if self._consumers else 0
+        if not room or self._has_enough(room):
+            # What is handled is deleted by the holding's keeper, or with the next take.
+            return 0
+        self._taken_at = time.monotonic()
+        taken = self.holding.take(self._active_queues, room)
         left = list(reversed(taken))
         try:
             while left:
@@ -132,6 +141,17 @@ class Channel(virtual.Channel):
             for delivery in left:
                 self.holding.give_back(delivery.id)
         return len(taken)
+
+    def _has_enough(self, room: int) -> bool:
+        """Whether to wait for more room: a take for each message would cost as much as its task.
+
+        Where a worker takes ahead, all its slots are busy while half of that is in hand.
+        """
+        return (
+            self.host.takes_ahead
+            and room < self.qos.prefetch_count // 2
+            and time.monotonic() - self._taken_at < _LONGEST_DELAY
+        )
 
     @property
     def has_room(self) -> bool:

@@ -46,6 +46,10 @@ class Host(Protocol):
         """The app's, for times that come without one."""
 
     @property
+    def takes_ahead(self) -> bool:
+        """Whether workers take more messages than they have slots."""
+
+    @property
     def local_store(self) -> LocalStore:
         """The queued messages, by connections that this process shares with no other use."""
 

@@ -74,6 +74,11 @@ class LocalQueues:
         return zone
 
     @property
+    def takes_ahead(self) -> bool:
+        """Whether workers take more messages than they have slots, by the settings."""
+        return int(self._app.conf.worker_prefetch_multiplier) > 1
+
+    @property
     def local_store(self) -> LocalStore:
         """The queued messages, by connections that this process shares with no other use."""
         return self._own_store().local

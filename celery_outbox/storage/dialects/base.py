@@ -247,7 +247,7 @@ class Dialect:
                         attempts=columns.attempts + 1,
                         available_at=self.after(lease_seconds),
                     )
-                    .returning(*columns)
+                    .returning(*columns, *self.not_awaited())
                 )
                 rows.extend(connection.execute(taken))
             if len(rows) >= limit:

@@ -134,7 +134,7 @@ class PostgreSQL(Dialect):
                 attempts=columns.attempts + 1,
                 available_at=self.after(lease_seconds),
             )
-            .returning(*columns)
+            .returning(*columns, *self.not_awaited())
         )
         queues, priorities = zip(*wanted, strict=True)
         parameters = {"wanted_queues": list(queues), "wanted_priorities": list(priorities)}
