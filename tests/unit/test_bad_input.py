@@ -85,6 +85,7 @@ WRONG: dict[str, list[Any]] = {
     "bypass": ["shout", True],
     "hold_scheduled": ["yes", 1, "false"],
     "notify": ["yes", 1, "false"],
+    "publish_after_commit": ["yes", 1, "false"],
     "relay_in_worker": ["yes", 1, "false"],
     "trust_broker": ["yes", 1, "false"],
 }
