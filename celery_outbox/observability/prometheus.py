@@ -103,6 +103,12 @@ def count_events(registry: CollectorRegistry = REGISTRY) -> None:
         registry=registry,
     )
 
+    left = Counter(
+        "celery_outbox_left_to_relay",
+        "Messages that this process stored and did not get to publish after the commit.",
+        registry=registry,
+    )
+
     def listen(name: str, details: dict[str, Any]) -> None:
         match name:
             case events.SETTLED:
@@ -116,5 +122,7 @@ def count_events(registry: CollectorRegistry = REGISTRY) -> None:
                 handled.labels("given_back").inc()
             case events.BROKER_AWAY:
                 broker_away.inc()
+            case events.LEFT_TO_RELAY:
+                left.inc(details["count"])
 
     events.subscribe(listen)

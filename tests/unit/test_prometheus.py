@@ -90,10 +90,12 @@ def test_counters_of_a_worker(registry: CollectorRegistry) -> None:
     events.emit(events.DUPLICATE, key="k", state="SUCCESS")
     events.emit(events.BUSY, key="k", error="e")
     events.emit(events.BROKER_AWAY, error="e")
+    events.emit(events.LEFT_TO_RELAY, count=3)
     found = scrape(registry)
     for outcome in ("success", "duplicate", "given_back"):
         assert found[f'celery_outbox_deliveries_total{{outcome="{outcome}"}}'] == 1
     assert found["celery_outbox_broker_away_total"] == 1
+    assert found["celery_outbox_left_to_relay_total"] == 3
 
 
 @pytest.mark.parametrize("name", ["dashboard.json", "alerts.yml"])
