@@ -80,6 +80,21 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Figure]:
     return [Figure(name, taken, cpu[name]) for name, taken in seconds.items()]
 
 
+def chart(
+    title: str, unit: str, bars: Sequence[tuple[str, float, str]], *, digits: int = 0
+) -> dict[str, Any]:
+    """Return a chart for `benchmarks.plots`: each bar is a name, a value and a kind.
+
+    The kinds are "ours", "limit" (what no outbox can be better than) and "others".
+    """
+    return {
+        "title": title,
+        "unit": unit,
+        "digits": digits,
+        "bars": [{"name": name, "value": value, "kind": kind} for name, value, kind in bars],
+    }
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -9,12 +9,14 @@
 #     need_servers NAME...    install or ask for postgresql, rabbitmq, redis
 #     lint                    format, lint, types, imports, spelling
 #
-# PYTHON names the interpreter that .venv is made with (default: python3); VENV another place for it.
+# PYTHON names the interpreter that .venv is made with (default: python3); VENV another place for it,
+# EXTRAS what is installed with the project (default: test,dev).
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
 VENV_PYTHON=$VENV/bin/python
+EXTRAS=${EXTRAS:-test,dev}
 
 info() { printf '==> %s\n' "$*" >&2; }
 
@@ -67,11 +69,11 @@ setup_venv() {
         info "making $VENV with $("$python" --version)"
         "$python" -m venv --clear "$VENV" || die "could not make $VENV"
     fi
-    want=$(cat "$ROOT/pyproject.toml" - <<<"$ROOT" | sha256sum)
+    want=$(cat "$ROOT/pyproject.toml" - <<<"$ROOT $EXTRAS" | sha256sum)
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
         info "installing celery-outbox and its tools into $VENV"
         "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --retries 5 \
-            --editable "$ROOT[test,dev]" </dev/null || die "pip install failed"
+            --editable "$ROOT[$EXTRAS]" </dev/null || die "pip install failed"
         printf '%s\n' "$want" >"$stamp"
     fi
 }
