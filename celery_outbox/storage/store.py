@@ -24,6 +24,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_outbox.envelope import Envelope
@@ -154,7 +155,9 @@ class Store:
             if keys := {row["ordering_key"] for row in published} - {None}:
                 self.dialect.lock_keys(connection, sorted(keys))
             if published:
-                silently = self._is_taken_care_of(connection, published)
+                # PostgreSQL prepares no transaction that notifies: the relays look by themselves.
+                silently = isinstance(connection.get_transaction(), TwoPhaseTransaction)
+                silently = self._is_taken_care_of(connection, published) or silently
                 stage = self._stage_silently if silently else self._stage
                 self.dialect.insert(connection, stage, published)
             if local:
