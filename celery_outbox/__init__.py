@@ -10,6 +10,7 @@ from celery_outbox.errors import (
     OutboxError,
     SchemaError,
     TransactionError,
+    TransactionLost,
     UnusableTransaction,
 )
 from celery_outbox.inbox.decorator import durable_task
@@ -36,6 +37,7 @@ __all__ = [  # noqa: RUF022 (by subject)
     "NoTransaction",
     "AmbiguousTransaction",
     "UnusableTransaction",
+    "TransactionLost",
     "CommitRefused",
     "Bypassed",
 ]

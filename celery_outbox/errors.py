@@ -11,6 +11,7 @@
     │   ├── NoTransaction        no transaction is current
     │   ├── AmbiguousTransaction more than one transaction is current
     │   └── UnusableTransaction  the current transaction can't keep the promise
+    ├── TransactionLost          the database has rolled a durable task back under it
     └── CommitRefused            the database refused the commit of a durable task
 """
 
@@ -28,6 +29,7 @@ __all__ = [
     "OutboxError",
     "SchemaError",
     "TransactionError",
+    "TransactionLost",
     "UnusableTransaction",
 ]
 
@@ -69,6 +71,10 @@ class AmbiguousTransaction(TransactionError):
 
 class UnusableTransaction(TransactionError):
     """The current transaction can't keep the promise that the message shares its fate."""
+
+
+class TransactionLost(OutboxError):
+    """The database has rolled the transaction back, and somebody has gone on as if it had not."""
 
 
 class CommitRefused(OutboxError, EncodeError):

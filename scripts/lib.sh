@@ -6,7 +6,7 @@
 #     info TEXT...            say what happens
 #     die TEXT...             say why not, and exit 1
 #     setup_venv              make .venv, install the project into it when pyproject.toml changed
-#     need_servers NAME...    install or ask for postgresql, rabbitmq, redis
+#     need_servers NAME...    install or ask for postgresql, mariadb, rabbitmq, redis
 #     lint                    format, lint, types, imports, spelling
 #
 # PYTHON names the interpreter that .venv is made with (default: python3); VENV another place for it,
@@ -41,6 +41,7 @@ _need_packages() {
 
 _has_postgresql() { command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null; }
 _has_rabbitmq() { { [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || command -v rabbitmq-server >/dev/null; } && command -v epmd >/dev/null; }
+_has_mariadb() { [ -x /usr/sbin/mariadbd ] || command -v mariadbd >/dev/null; }
 _has_redis() { command -v redis-server >/dev/null; }
 
 need_servers() {
@@ -49,6 +50,7 @@ need_servers() {
         case $name in
             postgresql) _has_postgresql || missing+=(postgresql) ;;
             rabbitmq) _has_rabbitmq || missing+=(rabbitmq-server) ;;
+            mariadb) _has_mariadb || missing+=(mariadb-server) ;;
             redis) _has_redis || missing+=(redis-server) ;;
             *) die "need_servers: unknown server $name" ;;
         esac

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.mariadb import MariaDB
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
 from tests.support.servicebus import ServiceBus
 from tests.support.servicebus.namespace import VARIABLE, Namespace
@@ -35,6 +36,13 @@ def logging_as_it_was() -> Iterator[None]:
 def postgresql_server() -> Iterator[PostgreSQL]:
     """The shared PostgreSQL: don't kill it."""
     with PostgreSQL() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[MariaDB]:
+    """The shared MariaDB: don't kill it."""
+    with MariaDB() as server:
         yield server
 
 
@@ -75,6 +83,14 @@ def postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
     url = postgresql_server.create_database()
     yield url
     postgresql_server.drop_database(url)
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server: MariaDB) -> Iterator[str]:
+    """The SQLAlchemy URL of an empty MariaDB database, dropped afterwards."""
+    url = mariadb_server.create_database()
+    yield url
+    mariadb_server.drop_database(url)
 
 
 @pytest.fixture

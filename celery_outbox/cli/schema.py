@@ -28,7 +28,9 @@ def create(ctx: click.Context) -> None:
 
 
 @schema.command(cls=CeleryCommand)
-@click.option("--dialect", help="postgresql or sqlite; the database's own without it.")
+@click.option(
+    "--dialect", help="postgresql, mysql, mariadb, mssql or sqlite; default: the database's own."
+)
 @click.pass_context
 @handle_preload_options
 def script(ctx: click.Context, dialect: str | None) -> None:

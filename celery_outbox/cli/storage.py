@@ -65,7 +65,9 @@ def counts(ctx: click.Context, by: str | None, json_wanted: bool) -> None:
 
 
 @storage.command(cls=CeleryCommand)
-@click.option("--dialect", help="postgresql or sqlite; the database's own without it.")
+@click.option(
+    "--dialect", help="postgresql, mysql, mariadb, mssql or sqlite; default: the database's own."
+)
 @click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="Write it there.")
 @click.pass_context
 @handle_preload_options

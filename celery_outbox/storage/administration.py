@@ -21,7 +21,7 @@ from sqlalchemy import (
     Table,
     and_,
     case,
-    delete,
+    false,
     func,
     insert,
     literal,
@@ -214,7 +214,7 @@ class Administration:
                 outbox.lease_token.label("token"),
                 func.count().label("messages"),
                 ends_at.label("ends_at"),
-                (ends_at <= self.dialect.now()).label("is_over"),
+                case((ends_at <= self.dialect.now(), true()), else_=false()).label("is_over"),
             )
             .where(outbox.lease_token.is_not(None))
             .group_by(outbox.lease_token)
@@ -228,7 +228,7 @@ class Administration:
         counted: dict[str, Row] = {}
         with self.engine.connect() as connection:
             for table, is_dead in ((self.tables.outbox, False), (self.tables.dead_letter, True)):
-                error = func.substr(table.c.last_error, 1, length).label("error")
+                error = func.substring(table.c.last_error, 1, length).label("error")
                 cut = select(error).where(table.c.last_error.is_not(None)).subquery().c.error
                 for text, count in connection.execute(select(cut, func.count()).group_by(cut)):
                     row = counted.setdefault(text, {"error": text, "messages": 0, "dead": 0})
@@ -251,7 +251,7 @@ class Administration:
             page = select(key).where(condition, key <= last).order_by(key).limit(chunk)
             if first is not None:
                 page = page.where(key > first)
-            with self.engine.begin() as connection:
+            with self.dialect.transaction(self.engine) as connection:
                 keys = connection.execute(self.dialect.skip_locked(page)).scalars().all()
                 if not keys:
                     return
@@ -265,8 +265,7 @@ class Administration:
         self, key: Column[Any], condition: ColumnElement[bool], chunk: int
     ) -> Iterator[int]:
         def remove(connection: Connection, keys: Sequence[Any]) -> int:
-            gone = delete(key.table).where(key.in_(keys), condition)
-            return connection.execute(gone).rowcount
+            return self.dialect.delete(connection, key, keys, condition)
 
         return self._in_chunks(key, condition, remove, chunk)
 
@@ -315,7 +314,7 @@ class Administration:
             chosen = and_(dead.c.id.in_(keys), condition)
             rows = select(*(dead.c[name] for name in names), *values.values()).where(chosen)
             connection.execute(insert(outbox).from_select([*names, *values], rows))
-            return connection.execute(delete(dead).where(chosen)).rowcount
+            return self.dialect.delete(connection, dead.c.id, keys, condition)
 
         return self._in_chunks(dead.c.id, condition, move, chunk)
 
@@ -361,8 +360,8 @@ class Administration:
         outbox = self.tables.outbox
 
         def write(connection: Connection, keys: Sequence[Any]) -> int:
-            changed = update(outbox).where(outbox.c.id.in_(keys), condition).values(**values)
-            return connection.execute(changed).rowcount
+            changed = update(outbox).where(outbox.c.id.in_(keys), condition)
+            return connection.execute(changed.values(**values)).rowcount
 
         return self._in_chunks(outbox.c.id, condition, write, chunk)
 
@@ -414,7 +413,7 @@ def _named(column: Column[str], pattern: str) -> ColumnElement[bool]:
         return column == pattern
     # Not LIKE, which is blind to case on SQLite.
     beginning = pattern[:-1]
-    return func.substr(column, 1, len(beginning)) == beginning
+    return func.substring(column, 1, len(beginning)) == beginning
 
 
 def _with_eta(row: Mapping[str, Any], due_at: datetime) -> str | None:

@@ -33,7 +33,7 @@ _SYNCHRONOUS = {
     "mssql+aioodbc": "mssql+pyodbc",
 }
 
-_DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433}
+_DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def engine_of(target: Any, table: Table) -> Engine | None:
@@ -73,7 +73,8 @@ def engine_from_url(url: str) -> Engine:
     except (NoSuchModuleError, ImportError) as exc:
         raise ConfigurationError(
             f"the outbox's database URL: {parsed.drivername!r} can't be used here: {exc}; install "
-            "the driver (for PostgreSQL: pip install 'celery-outbox[psycopg]')"
+            "the driver (for PostgreSQL: pip install 'celery-outbox[psycopg]', for MySQL and "
+            "MariaDB: [mysql])"
         ) from exc
     except (ArgumentError, ValueError):  # the latter for a port that is no number
         # The URL may hold a password: not in the message.
@@ -108,7 +109,8 @@ def is_same_database(one: Engine, other: Engine) -> bool:
 
 
 def _identity(url: URL) -> tuple[str, str | None, int | None, str | None]:
-    backend = url.get_backend_name()
+    # SQLAlchemy has two names for MariaDB.
+    backend = url.get_backend_name().replace("mariadb", "mysql")
     host = "localhost" if url.host in ("127.0.0.1", "::1") else url.host
     return backend, host, url.port or _DEFAULT_PORTS.get(backend), url.database
 

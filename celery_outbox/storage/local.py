@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, bindparam, case, delete, func, insert, select, update
 
 from celery_outbox.envelope import Envelope
 from celery_outbox.errors import EnvelopeError
@@ -153,9 +153,9 @@ class LocalStore:
         later = ~taken & (local.c.available_at > self.dialect.now())
         counted = select(
             local.c.queue,
-            func.count().filter(~taken & ~later),
-            func.count().filter(later),
-            func.count().filter(taken),
+            func.count(case((~taken & ~later, 1))),
+            func.count(case((later, 1))),
+            func.count(case((taken, 1))),
         ).group_by(local.c.queue)
         with self.engine.connect() as connection:
             return {

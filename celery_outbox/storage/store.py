@@ -17,6 +17,7 @@ from sqlalchemy import (
     Float,
     Row,
     bindparam,
+    case,
     delete,
     func,
     insert,
@@ -28,7 +29,7 @@ from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_outbox.envelope import Envelope
-from celery_outbox.errors import EnvelopeError
+from celery_outbox.errors import EnvelopeError, TransactionLost
 from celery_outbox.storage import schema
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.dialects.base import lock_of
@@ -153,7 +154,7 @@ class Store:
         published = [row for row in rows if "queue" not in row] if local else rows
         try:
             if keys := {row["ordering_key"] for row in published} - {None}:
-                self.dialect.lock_keys(connection, sorted(keys))
+                self.dialect.lock_keys(connection, self.tables.inbox, sorted(keys))
             if published:
                 # PostgreSQL prepares no transaction that notifies: the relays look by themselves.
                 silently = isinstance(connection.get_transaction(), TwoPhaseTransaction)
@@ -200,7 +201,7 @@ class Store:
         self, claim: Callable[..., Sequence[Row[Any]]], limit: int, lease_seconds: float
     ) -> tuple[str, Sequence[Row[Any]]]:
         token = str(uuid.uuid4())
-        with self.engine.begin() as connection:
+        with self.dialect.transaction(self.engine) as connection:
             rows = claim(
                 connection,
                 self.tables.outbox,
@@ -219,7 +220,7 @@ class Store:
             .where(self.dialect.among(outbox.c.id, ids), outbox.c.lease_token == batch.token)
             .values(available_at=self.dialect.after(lease_seconds))
         )
-        with self.engine.begin() as connection:
+        with self.dialect.transaction(self.engine) as connection:
             return connection.execute(renewed).rowcount
 
     def seconds_until_available(self) -> float | None:
@@ -256,12 +257,9 @@ class Store:
         one = update(outbox).where(outbox.c.id == bindparam("row"), ours).values(lease_token=None)
         later = self.dialect.after(bindparam("seconds", type_=Float))
         settled = 0
-        with self.engine.begin() as connection:
+        with self.dialect.transaction(self.engine) as connection:
             if settlement.confirmed:
-                confirmed = delete(outbox).where(
-                    self.dialect.among(outbox.c.id, settlement.confirmed), ours
-                )
-                settled += connection.execute(confirmed).rowcount
+                settled += self.dialect.delete(connection, outbox.c.id, settlement.confirmed, ours)
             if settlement.kept:
                 kept = one.values(
                     attempts=0,
@@ -303,7 +301,7 @@ class Store:
         """Move a row to the dead letters, if the lease is still ours."""
         outbox, dead = self.tables.outbox, self.tables.dead_letter
         ours = (outbox.c.id == row_id) & (outbox.c.lease_token == token)
-        row = connection.execute(select(outbox).where(ours).with_for_update()).first()
+        row = connection.execute(self.dialect.lock(select(outbox).where(ours))).first()
         if row is None:
             return 0
         values = {name: value for name, value in row._mapping.items() if name in dead.c}
@@ -322,7 +320,7 @@ class Store:
             "state": _EXPECTED,
             "lock": lock_of("inbox", key),
         }
-        return connection.execute(self._receive, values).first() is not None
+        return self.dialect.received(connection, self._receive, values)
 
     def handled(self, connection: Connection, key: str) -> Handled | None:
         """Return the record of an execution, if one has committed."""
@@ -333,19 +331,24 @@ class Store:
     def record(
         self, connection: Connection, key: str, state: str, outcome: str | None, *, forget: bool
     ) -> None:
-        """Write the outcome of the claimed execution; with `forget`, drop its kept envelope."""
+        """Write the outcome of the claimed execution; with `forget`, drop its kept envelope.
+
+        Raises `TransactionLost` if the claim is gone: what follows it must not be committed.
+        """
         is_recorded = state == _EXPECTED and outcome is None
         # The statement has a second use: in a transaction that the database has given up, for an
         # error that somebody has swallowed, it fails. COMMIT would not, and commit nothing.
         if not (is_recorded and self.dialect.is_sound(connection)):
-            connection.execute(self._record, {"row": key, "state": state, "outcome": outcome})
+            values = {"row": key, "state": state, "outcome": outcome}
+            if not connection.execute(self._record, values).rowcount:
+                # A deadlock, on MySQL, ends the transaction and lets the next statement begin another.
+                raise TransactionLost
         if forget:
             self.forget(connection, key)
 
     def forget(self, connection: Connection, key: str) -> int:
         """Delete the envelope of an execution that needs no further delivery."""
-        outbox = self.tables.outbox
-        return connection.execute(delete(outbox).where(outbox.c.key == key)).rowcount
+        return self.dialect.forget(connection, self.tables.outbox, key)
 
     # Keeping house
 
@@ -361,11 +364,11 @@ class Store:
 
     def _prune(self, key: Column[Any], since: Column[Any], seconds: float, chunk: int) -> int:
         old = select(key).where(since < self.dialect.after(-seconds)).order_by(since).limit(chunk)
-        with self.engine.begin() as connection:
+        with self.dialect.transaction(self.engine) as connection:
             keys = connection.execute(self.dialect.skip_locked(old)).scalars().all()
             if not keys:
                 return 0
-            return connection.execute(delete(key.table).where(key.in_(keys))).rowcount
+            return self.dialect.delete(connection, key, keys)
 
     def counts(self) -> dict[str, int]:
         """Return how many messages are in each state; "published" are kept until handled."""
@@ -375,7 +378,7 @@ class Store:
         scheduled = (outbox.c.due_at > self.dialect.now()) & ~leased & ~kept
 
         def count(condition: Any) -> Any:
-            return func.count().filter(condition)
+            return func.count(case((condition, 1)))
 
         with self.engine.connect() as connection:
             total, in_flight, published, waiting = connection.execute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
 from typing import Any
 
 from sqlalchemy import (
@@ -10,22 +9,18 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
-    DateTime,
-    Dialect,
     Float,
     Index,
     Integer,
-    LargeBinary,
     MetaData,
     String,
     Table,
-    Text,
-    TypeDecorator,
     event,
     insert,
 )
 
 from celery_outbox.envelope import KEY_LENGTH
+from celery_outbox.storage.types import Body, Id, LongText, UTCDateTime, name_of_length
 
 __all__ = ["HIGHEST_PRIORITY", "NAME_LENGTH", "VERSION", "Tables", "UTCDateTime"]
 
@@ -38,27 +33,11 @@ NAME_LENGTH = 255
 #: The most urgent priority of a message in a local queue; the least urgent is 0.
 HIGHEST_PRIORITY = 9
 
-_Id = BigInteger().with_variant(Integer, "sqlite")
-
-
-class UTCDateTime(TypeDecorator[datetime]):
-    """A time zone aware time, stored as UTC where the database knows no zones."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Turn `value` into UTC."""
-        if value is None:
-            return None
-        value = value.astimezone(timezone.utc)
-        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Give `value` its zone back."""
-        if value is None or value.tzinfo is not None:
-            return value
-        return value.replace(tzinfo=timezone.utc)
+#: InnoDB has transactions; letters of all scripts, told apart by their bytes.
+_ON_MYSQL = {"engine": "InnoDB", "charset": "utf8mb4", "collate": "utf8mb4_bin"}
+_OPTIONS: dict[str, Any] = {
+    f"{name}_{key}": value for name in ("mysql", "mariadb") for key, value in _ON_MYSQL.items()
+}
 
 
 class Tables:
@@ -74,31 +53,33 @@ class Tables:
         self.metadata = MetaData() if metadata is None else metadata
 
         def table(name: str, *columns: Any, **options: Any) -> Table:
-            return Table(prefix + name, self.metadata, *columns, schema=schema, **options)
+            return Table(
+                prefix + name, self.metadata, *columns, schema=schema, **_OPTIONS, **options
+            )
 
         def stored_message() -> list[Column[Any]]:
             return [
                 # What tells one execution of a task from another; the inbox has the same key.
-                Column("key", String(KEY_LENGTH), nullable=False),
-                Column("task", String(NAME_LENGTH), nullable=False),
-                Column("task_id", String(NAME_LENGTH), nullable=False),
-                Column("destination", String(NAME_LENGTH), nullable=False),
+                Column("key", name_of_length(KEY_LENGTH), nullable=False),
+                Column("task", name_of_length(NAME_LENGTH), nullable=False),
+                Column("task_id", name_of_length(NAME_LENGTH), nullable=False),
+                Column("destination", name_of_length(NAME_LENGTH), nullable=False),
                 # Messages with the same one leave in the order of their ids, one after the other.
-                Column("ordering_key", String(KEY_LENGTH)),
-                Column("body", LargeBinary, nullable=False),
-                Column("message", Text, nullable=False),
+                Column("ordering_key", name_of_length(KEY_LENGTH)),
+                Column("body", Body, nullable=False),
+                Column("message", LongText, nullable=False),
                 Column("created_at", UTCDateTime, nullable=False),
                 # The eta: not before. NULL: at once.
                 Column("due_at", UTCDateTime),
                 Column("expires_at", UTCDateTime),
                 Column("attempts", Integer, nullable=False, default=0),
-                Column("last_error", Text),
+                Column("last_error", LongText),
             ]
 
         #: A row is a message that waits. No status: its state is `available_at` and the lease.
         self.outbox = table(
             "outbox",
-            Column("id", _Id, primary_key=True, autoincrement=True),
+            Column("id", Id, primary_key=True, autoincrement=True),
             *stored_message(),
             # When the next relay may take the row: due time, end of the lease, end of the backoff.
             Column("available_at", UTCDateTime, nullable=False),
@@ -111,8 +92,8 @@ class Tables:
         #: A row is a message of a local queue, which workers take from here. No relay sees it.
         self.local = table(
             "outbox_local",
-            Column("id", _Id, primary_key=True, autoincrement=True),
-            Column("queue", String(NAME_LENGTH), nullable=False),
+            Column("id", Id, primary_key=True, autoincrement=True),
+            Column("queue", name_of_length(NAME_LENGTH), nullable=False),
             Column("priority", Integer, nullable=False),
             *stored_message(),
             # When the next worker may take the row: due time, end of the lease.
@@ -123,24 +104,24 @@ class Tables:
         )
         self.inbox = table(
             "inbox",
-            Column("key", String(KEY_LENGTH), primary_key=True),
-            Column("task", String(NAME_LENGTH), nullable=False),
-            Column("task_id", String(NAME_LENGTH), nullable=False),
+            Column("key", name_of_length(KEY_LENGTH), primary_key=True),
+            Column("task", name_of_length(NAME_LENGTH), nullable=False),
+            Column("task_id", name_of_length(NAME_LENGTH), nullable=False),
             Column("state", String(16), nullable=False),
             # The encoded outcome, for duplicates (see `celery_outbox.inbox.outcome`).
-            Column("outcome", Text),
+            Column("outcome", LongText),
             Column("handled_at", UTCDateTime, nullable=False),
         )
         self.dead_letter = table(
             "outbox_dead_letter",
-            Column("id", _Id, primary_key=True, autoincrement=False),
+            Column("id", Id, primary_key=True, autoincrement=False),
             *stored_message(),
             Column("died_at", UTCDateTime, nullable=False),
         )
         #: When each entry of beat ran last (`celery_outbox.beat`).
         self.beat = table(
             "outbox_beat",
-            Column("name", String(NAME_LENGTH), primary_key=True),
+            Column("name", name_of_length(NAME_LENGTH), primary_key=True),
             Column("last_run_at", UTCDateTime, nullable=False),
             Column("run_count", Integer, nullable=False),
         )
@@ -148,7 +129,7 @@ class Tables:
         self.relay = table(
             "outbox_relay",
             Column("id", String(36), primary_key=True),
-            Column("host", String(NAME_LENGTH), nullable=False),
+            Column("host", name_of_length(NAME_LENGTH), nullable=False),
             Column("pid", Integer, nullable=False),
             Column("started_at", UTCDateTime, nullable=False),
             Column("seen_at", UTCDateTime, nullable=False),
@@ -156,10 +137,12 @@ class Tables:
             Column("dead", BigInteger, nullable=False),
             Column("lost", BigInteger, nullable=False),
             Column("per_second", Float, nullable=False),
-            Column("last_error", Text),
+            Column("last_error", LongText),
             Column("last_error_at", UTCDateTime),
         )
-        self.version = table("outbox_schema", Column("version", Integer, primary_key=True))
+        self.version = table(
+            "outbox_schema", Column("version", Integer, primary_key=True, autoincrement=False)
+        )
         event.listen(self.version, "after_create", self._write_version)
         outbox = self.outbox.c
         _partial_index(

@@ -1,4 +1,4 @@
-"""``scripts/chaos``: the shop on PostgreSQL and RabbitMQ, every process of it killed many times."""
+"""``scripts/chaos``: the shop on PostgreSQL (or MariaDB) and RabbitMQ, its processes killed often."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from rehearsal.plan import Plan
 from rehearsal.rehearsal import Rehearsal
 from rehearsal.report import Progress, explain, say, table
 from rehearsal.workplace import workplace
+from tests.support.mariadb import MariaDB
 from tests.support.servers import PostgreSQL, RabbitMQ
 
 
@@ -52,6 +53,9 @@ def _options() -> argparse.Namespace:
         help="of the accidents (default: another one each time)",
     )
     parser.add_argument(
+        "--mariadb", action="store_true", help="a private MariaDB instead of PostgreSQL"
+    )
+    parser.add_argument(
         "--database", metavar="URL", help="an empty database (default: a private PostgreSQL)"
     )
     parser.add_argument("--broker", metavar="URL", help="(default: a private RabbitMQ)")
@@ -74,7 +78,10 @@ def _rehearse(options: argparse.Namespace, place: Path, *, outbox: bool) -> Outc
     with ExitStack() as servers:
         database, broker = options.database, options.broker
         if not database:
-            database = servers.enter_context(PostgreSQL(fsync=True)).create_database()
+            if options.mariadb:
+                database = servers.enter_context(MariaDB(fsync=True)).create_database()
+            else:
+                database = servers.enter_context(PostgreSQL(fsync=True)).create_database()
         if not broker:
             broker = servers.enter_context(RabbitMQ()).url
         settings = Settings(folder / "data", database, broker, outbox)

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import OperationalError
 
+from celery_outbox.errors import TransactionLost
 from celery_outbox.storage.store import Handled, Store
 from tests.contract.conftest import Database
 from tests.contract.test_outgoing import claim, ids, stage
@@ -78,6 +79,16 @@ def test_the_record_commits_with_the_transaction(store: Store) -> None:
         store.receive(connection, "k", "t", "id")
         store.record(connection, "k", "SUCCESS", "x", forget=False)
         connection.rollback()
+    assert handled(store, "k") is None
+
+
+def test_a_transaction_that_was_rolled_back_under_its_body_records_nothing(store: Store) -> None:
+    """P13: MySQL ends the transaction of a deadlock's victim; what comes next is another one."""
+    with store.engine.connect() as connection:
+        assert store.receive(connection, "k", "t", "id")
+        connection.exec_driver_sql("ROLLBACK")
+        with pytest.raises(TransactionLost):
+            store.record(connection, "k", "SUCCESS", "x", forget=False)
     assert handled(store, "k") is None
 
 

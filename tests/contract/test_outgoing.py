@@ -267,7 +267,7 @@ def test_concurrent_claims_get_different_rows_and_do_not_wait(
     """P6. Where there is one writer at a time, the second one gives up instead."""
     stage(store, *map(str, range(10)))
     claim_in = store.dialect.claim
-    with store.engine.connect() as connection, connection.begin():
+    with store.dialect.transaction(store.engine) as connection:
         # Not committed while the other one claims.
         first = claim_in(connection, store.tables.outbox, limit=4, lease_seconds=60, token="first")
         try:

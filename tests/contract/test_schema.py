@@ -30,7 +30,8 @@ def use(engine: Engine, tables: Tables) -> None:
 
 
 def test_every_dialect_is_under_contract() -> None:
-    assert {database.name for database in DATABASES} == set(DIALECTS)
+    # SQL Server's is `test_mssql`, where no server is named.
+    assert {database.name for database in DATABASES} | {"mssql"} == set(DIALECTS)
 
 
 def test_an_unknown_database_is_refused_by_name() -> None:

@@ -22,11 +22,12 @@ from tests.support.waiting import wait_until
 PLACES = {
     "amqp-postgresql": ("amqp", "postgresql"),
     "redis-postgresql": ("redis", "postgresql"),
+    "amqp-mariadb": ("amqp", "mariadb"),
     "filesystem-sqlite": ("filesystem", "sqlite"),
 }
 
 
-DATABASES = pytest.mark.parametrize("database", ["postgresql", "sqlite"])
+DATABASES = pytest.mark.parametrize("database", ["postgresql", "mariadb", "sqlite"])
 POOLS = pytest.mark.parametrize("pool", ["prefork", "threads"])
 
 
@@ -252,6 +253,7 @@ def _incoming(site: Site) -> int:
 def _make_older(site: Site, by: str) -> None:
     older = {
         "postgresql": f"handled_at - interval '{by}'",
+        "mariadb": f"handled_at - interval {by.removesuffix('s')}",
         "sqlite": f"strftime('%Y-%m-%d %H:%M:%f000', handled_at, '-{by}')",
     }[site.engine.dialect.name]
     with site.engine.begin() as connection:

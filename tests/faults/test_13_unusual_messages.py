@@ -140,7 +140,7 @@ LATER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("when", LATER.values(), ids=LATER.keys())
-@pytest.mark.parametrize("database", ["postgresql", "sqlite"])
+@pytest.mark.parametrize("database", ["postgresql", "mariadb", "sqlite"])
 def test_due_in_a_year(sites: Making, database: str, when: dict[str, Any]) -> None:
     """It rests in the database; others pass it by; when its time has come it is published."""
     site = sites("amqp", database)
@@ -181,7 +181,7 @@ def test_due_soon(sites: Making) -> None:
 # Written by a newer version
 
 
-@pytest.mark.parametrize("database", ["postgresql", "sqlite"])
+@pytest.mark.parametrize("database", ["postgresql", "mariadb", "sqlite"])
 def test_by_a_newer_version(sites: Making, database: str) -> None:
     """It is not blamed, and never a dead letter: relays that can read it will come."""
     site = sites("amqp", database, outbox_max_attempts=1)

@@ -12,6 +12,7 @@ import pytest
 from tests.journeys import brokers
 from tests.journeys.brokers import Broker
 from tests.journeys.site import Setup, Site, new_tag
+from tests.support.mariadb import MariaDB
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
 from tests.support.servicebus import ServiceBus
 from tests.support.servicebus.namespace import Namespace
@@ -35,6 +36,12 @@ class Making:
     def postgresql(self) -> PostgreSQL:
         """The shared PostgreSQL."""
         server: PostgreSQL = self._request.getfixturevalue("postgresql_server")
+        return server
+
+    @property
+    def mariadb(self) -> MariaDB:
+        """The shared MariaDB."""
+        server: MariaDB = self._request.getfixturevalue("mariadb_server")
         return server
 
     @property
@@ -66,8 +73,8 @@ class Making:
     ) -> Site:
         """Make a site. `broker`, `database` and `backend` are kinds, or addresses."""
         folder = self._folders.mktemp("site")
-        if database == "postgresql":
-            database = self.database()
+        if database in ("postgresql", "mariadb"):
+            database = self.database(database)
         elif database == "sqlite":
             database = f"sqlite:///{folder / 'app.sqlite'}"
         if broker == "local":
@@ -103,10 +110,11 @@ class Making:
             case _:
                 raise ValueError(kind)
 
-    def database(self) -> str:
-        """Return an empty PostgreSQL database."""
-        url = self.postgresql.create_database()
-        self._ending.callback(self.postgresql.drop_database, url)
+    def database(self, kind: str = "postgresql") -> str:
+        """Return an empty database of a server."""
+        server = self.mariadb if kind == "mariadb" else self.postgresql
+        url = server.create_database()
+        self._ending.callback(server.drop_database, url)
         return url
 
     def redis_url(self) -> str:

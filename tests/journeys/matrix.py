@@ -9,6 +9,7 @@ Each run of a flow has one crash point. Which flows are run with which backend a
 - Threads and solo, where a strike ends the whole worker and all that runs in it: every point, and
   the flows that differ in what follows a commit. Each run is struck once. With a database for the
   results too, for chords are polled for there, by a task.
+- MariaDB instead of PostgreSQL, with prefork and Redis: every point, and flows of each kind.
 - Gevent: whether it works at all, with one crash.
 
 When all is over every message is delivered once more.
@@ -75,11 +76,13 @@ class Place:
     arguments: tuple[str, ...] = ()
     #: Points and flows, where not each flow meets each point.
     only: tuple[tuple[str, str], ...] = ()
+    database: str = "postgresql"
 
     @property
     def name(self) -> str:
         """What the tests are called by."""
-        return f"{self.pool}-{self.backend}"
+        ours = "" if self.database == "postgresql" else f"-{self.database}"
+        return f"{self.pool}-{self.backend}{ours}"
 
     def cases(self) -> list[Case]:
         """Return all that is run here."""
@@ -105,6 +108,7 @@ _RPC = (
 )
 _WITHOUT = ("plain", "chain", "links", "link_error", "group", "retry", "replace_by_chain", "ignore")
 _WHOLE_WORKER = ("chain", "links", "chord", "retry", "failing_chain", "spawn", "link_error_called")
+_MARIADB = ("plain", "chain", "links", "group", "chord", "retry", "replace", "failure", "spawn")
 _SMOKE = ("plain", "chain", "links", "chord", "retry", "failure", "spawn")
 
 PLACES = (
@@ -115,6 +119,7 @@ PLACES = (
     Place("threads", "redis", _WHOLE_WORKER, ("--concurrency=8",)),
     Place("threads", "database", ("plain", "chord"), ("--concurrency=8",)),
     Place("solo", "redis", _WHOLE_WORKER),
+    Place("prefork", "redis", _MARIADB, ("--concurrency=8",), database="mariadb"),
     Place(
         "gevent",
         "redis",
@@ -218,6 +223,7 @@ def _site(place: Place, sites: Making) -> Site:
         broker = Broker(vhost, lambda: server.queue_depths(vhost).get("celery", 0))
     return sites(
         broker,
+        place.database,
         backend=backend,
         worker_lost_wait=0.05,
     )

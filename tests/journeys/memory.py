@@ -19,6 +19,10 @@ _BEGIN = {
         """CREATE TRIGGER keep_message AFTER INSERT ON outbox
            FOR EACH ROW EXECUTE FUNCTION keep_message()""",
     ),
+    "mariadb": (
+        """CREATE TRIGGER keep_message AFTER INSERT ON outbox FOR EACH ROW
+           INSERT INTO every_message SELECT * FROM outbox WHERE id = NEW.id""",
+    ),
     "sqlite": (
         """CREATE TRIGGER keep_message AFTER INSERT ON outbox
            BEGIN INSERT INTO every_message SELECT * FROM outbox WHERE id = NEW.id; END""",
@@ -26,6 +30,7 @@ _BEGIN = {
 }
 _END = {
     "postgresql": "DROP TRIGGER IF EXISTS keep_message ON outbox",
+    "mariadb": "DROP TRIGGER IF EXISTS keep_message",
     "sqlite": "DROP TRIGGER IF EXISTS keep_message",
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import create_engine, insert, select
+from sqlalchemy import String, create_engine, insert, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from celery_outbox import Outbox
@@ -55,8 +55,8 @@ class Effect(Base):
     __tablename__ = "effect"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    tag: Mapped[str] = mapped_column(index=True)
-    name: Mapped[str]
+    tag: Mapped[str] = mapped_column(String(200), index=True)
+    name: Mapped[str] = mapped_column(String(200))
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,8 @@ class Site:
     def insert_again(self, rows: list[dict[str, Any]]) -> None:
         """Let the relay publish `rows`, which `rows()` returned, as if it never had."""
         copies = [{name: row[name] for name in row if name != "id"} for row in rows]
+        if not copies:  # relayed between two looks
+            return
         with self.engine.begin() as connection:
             connection.execute(insert(self.outbox.tables.outbox), copies)
 

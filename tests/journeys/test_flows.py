@@ -9,6 +9,7 @@ from tests.support.waiting import wait_until
 
 PLACES = {
     "amqp-postgresql-redis": ("amqp", "postgresql", "redis"),
+    "amqp-mariadb-redis": ("amqp", "mariadb", "redis"),
     "redis-postgresql-redis": ("redis", "postgresql", "redis"),
     "filesystem-postgresql-database": ("filesystem", "postgresql", "database"),
     "filesystem-sqlite-redis": ("filesystem", "sqlite", "redis"),

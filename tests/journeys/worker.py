@@ -1,8 +1,6 @@
 """The app as workers, beats and relays import it: ``celery -A tests.journeys.worker``."""
 
 import logging
-import os
-import socket
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
@@ -26,6 +24,7 @@ from celery_outbox.relay.publishers import Publisher
 from celery_outbox.storage.store import Handled
 from tests.journeys.site import Setup, Site
 from tests.support.servicebus.trust import trust_of_environment
+from tests.support.wire import cut, use
 
 trust_of_environment()
 logger = logging.getLogger("celery_outbox.tests")
@@ -117,11 +116,6 @@ def _remember_what_is_committed(name: str, details: dict[str, Any]) -> None:
         _committing.set(details["key"])
 
 
-def _cut(connection: Any) -> None:
-    with socket.socket(fileno=os.dup(connection.pgconn.socket)) as wire:
-        wire.shutdown(socket.SHUT_RDWR)
-
-
 def _watch_commits(dialect: Any) -> None:
     do_commit = dialect.do_commit
 
@@ -129,16 +123,15 @@ def _watch_commits(dialect: Any) -> None:
         key = _committing.get()
         _committing.set("")
         if key and site.points.strikes_run("commit_lost", key):
-            _cut(pooled.driver_connection)
+            cut(pooled.driver_connection)
         do_commit(pooled)
         if key and site.points.strikes_run("answer_lost", key):
-            # What the driver says of a connection that is gone is what it says now.
-            _cut(pooled.driver_connection)
-            pooled.driver_connection.execute("SELECT 1")
+            cut(pooled.driver_connection)
+            use(pooled.driver_connection)
 
     dialect.do_commit = commit
 
 
-if site.engine.dialect.driver == "psycopg":
+if site.engine.dialect.driver in ("psycopg", "pymysql"):
     events.subscribe(_remember_what_is_committed)
     _watch_commits(site.engine.dialect)

@@ -30,7 +30,7 @@ from tests.support.ports import free_port
 from tests.support.processes import Process, ProcessEnded
 from tests.support.waiting import wait_until
 
-INSTALL = "apt-get install -y postgresql redis-server rabbitmq-server"
+INSTALL = "apt-get install -y postgresql mariadb-server redis-server rabbitmq-server"
 
 
 class ServerMissing(RuntimeError):
@@ -41,7 +41,7 @@ class ServerMissing(RuntimeError):
         super().__init__(f"{program} is not installed; as root: {INSTALL}")
 
 
-def _program(name: str, places: Iterable[Path] = ()) -> Path:
+def program(name: str, places: Iterable[Path] = ()) -> Path:
     """Find a program in the given folders, then on PATH."""
     for place in places:
         if os.access(place / name, os.X_OK):
@@ -194,7 +194,7 @@ class PostgreSQL(Server):
         self._bin = self._find()
         self._databases = itertools.count(1)
         # PostgreSQL refuses to run as root.
-        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+        self._user = unprivileged_user("postgres") if os.geteuid() == 0 else None
         self.settings = {
             "listen_addresses": self.host,
             "port": str(self.port),
@@ -218,7 +218,7 @@ class PostgreSQL(Server):
             return int(path.parent.name) if path.parent.name.isdigit() else 0
 
         places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=version, reverse=True)
-        return _program("initdb", places).resolve().parent
+        return program("initdb", places).resolve().parent
 
     @property
     def url(self) -> str:
@@ -280,13 +280,14 @@ class PostgreSQL(Server):
         self._running.wait(self._start_timeout)
 
 
-def _unprivileged_user() -> str:
-    for name in ("postgres", "nobody"):
+def unprivileged_user(name: str) -> str:
+    """Return a user as whom a server may run, who has no rights to lose: `name`, or nobody."""
+    for user in (name, "nobody"):
         try:
-            return pwd.getpwnam(name).pw_name
+            return pwd.getpwnam(user).pw_name
         except KeyError:
             continue
-    raise RuntimeError("PostgreSQL can't run as root, and there is no user postgres or nobody")
+    raise RuntimeError(f"a server can't run as root, and there is no user {name} or nobody")
 
 
 class Redis(Server):
@@ -299,7 +300,7 @@ class Redis(Server):
         """Choose whether data survives a kill."""
         super().__init__()
         self.appendonly = appendonly
-        self._program = _program("redis-server")
+        self._program = program("redis-server")
 
     @property
     def url(self) -> str:
@@ -353,10 +354,10 @@ class RabbitMQ(Server):
         super().__init__()
         # Debian's wrapper on PATH changes the user and starts a session: not that one, if possible.
         homes = [Path("/usr/lib/rabbitmq/bin")]
-        self._server = _program("rabbitmq-server", homes)
-        self._ctl = _program("rabbitmqctl", homes)
-        self._epmd = _program("epmd")
-        self._erl_call = _program("erl_call", sorted(Path("/usr/lib/erlang").glob("erts-*/bin")))
+        self._server = program("rabbitmq-server", homes)
+        self._ctl = program("rabbitmqctl", homes)
+        self._epmd = program("epmd")
+        self._erl_call = program("erl_call", sorted(Path("/usr/lib/erlang").glob("erts-*/bin")))
         self._vhosts = itertools.count(1)
         self._distribution_port = free_port()
         self._epmd_port = free_port()
@@ -519,4 +520,4 @@ def _binary(text: str) -> str:
     return f"<<{','.join(str(byte) for byte in text.encode())}>>"
 
 
-__all__ = ["PostgreSQL", "RabbitMQ", "Redis", "Server", "ServerMissing"]
+__all__ = ["PostgreSQL", "RabbitMQ", "Redis", "Server", "ServerMissing", "unprivileged_user"]

@@ -6,6 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from tests.support.mariadb import MariaDB
 from tests.support.servers import PostgreSQL
 from tests.unit.shop import Shop
 
@@ -34,6 +35,21 @@ def postgresql_url(shared_postgresql_url: str) -> Iterator[str]:
             "LOOP EXECUTE format('DROP SCHEMA %I CASCADE', name); END LOOP; END $$"
         )
         connection.execute("CREATE SCHEMA public")
+
+
+@pytest.fixture(scope="session")
+def shared_mariadb_url(mariadb_server: MariaDB) -> Iterator[str]:
+    """The URL of the database that `mariadb_url` empties."""
+    url = mariadb_server.create_database()
+    yield url
+    mariadb_server.drop_database(url)
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server: MariaDB, shared_mariadb_url: str) -> Iterator[str]:
+    """The URL of an empty database."""
+    yield shared_mariadb_url
+    mariadb_server.empty(shared_mariadb_url)
 
 
 @pytest.fixture

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from celery_outbox.errors import ConfigurationError
 from celery_outbox.storage.dialects.base import Dialect
+from celery_outbox.storage.dialects.mssql import SQLServer
+from celery_outbox.storage.dialects.mysql import MariaDB, MySQL
 from celery_outbox.storage.dialects.postgresql import PostgreSQL
 from celery_outbox.storage.dialects.sqlite import SQLite
 
 __all__ = ["DIALECTS", "Dialect", "dialect_for"]
 
-DIALECTS: dict[str, type[Dialect]] = {"postgresql": PostgreSQL, "sqlite": SQLite}
+DIALECTS: dict[str, type[Dialect]] = {
+    dialect.name: dialect for dialect in (PostgreSQL, MySQL, MariaDB, SQLServer, SQLite)
+}
 
 
 def dialect_for(name: str) -> Dialect:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     CompoundSelect,
     Connection,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     String,
     Table,
     bindparam,
+    delete,
     func,
     select,
     union_all,
@@ -72,6 +74,10 @@ class Dialect:
         """Lock `rows`, passing over those that another transaction has locked."""
         return rows.with_for_update(skip_locked=True)
 
+    def lock(self, rows: Select[Any]) -> Select[Any]:
+        """Lock `rows`, after waiting for who has locked them."""
+        return rows.with_for_update()
+
     def claim(
         self,
         connection: Connection,
@@ -93,23 +99,9 @@ class Dialect:
         that locks more than the limit.
         """
         columns = outbox.c
-        available = columns.available_at <= self.now()
-        in_order = (columns.available_at, columns.id)
-        first = self.first_of_each_key(outbox)
-        ordered = self.skip_locked(
-            select(columns.id)
-            .where(columns.ordering_key.is_not(None), columns.id.in_(first), available)
-            .order_by(*in_order)
-            # Of a single place, each kind gets half.
-            .limit((limit + random.getrandbits(1)) // 2)
-        ).cte("ordered")
+        ordered = self.ordered(outbox, limit).cte("ordered")
         places_left = limit - select(func.count()).select_from(ordered).scalar_subquery()
-        others = self.skip_locked(
-            select(columns.id)
-            .where(columns.ordering_key.is_(None), available, *self.begins_at(outbox, start))
-            .order_by(*in_order)
-            .limit(places_left)
-        ).cte("others")
+        others = self.unordered(outbox, places_left, start).cte("others")
         due = union_all(select(ordered.c.id), select(others.c.id))
         taken = self._taken(outbox, due, lease_seconds, token)
         return connection.execute(taken).all()
@@ -181,20 +173,73 @@ class Dialect:
         """The conditions by which a claim begins at `start`; none where dead rows hold nobody up."""
         return ()
 
+    def ordered(self, outbox: Table, limit: int) -> Select[Any]:
+        """Lock the rows with an ordering key that may go: half of the limit."""
+        return self.skip_locked(self._ordered(outbox, limit))
+
+    def _ordered(self, outbox: Table, limit: int) -> Select[Any]:
+        columns = outbox.c
+        first = self.first_of_each_key(outbox)
+        return (
+            select(columns.id)
+            .where(columns.ordering_key.is_not(None), columns.id.in_(first), self._due(outbox))
+            .order_by(columns.available_at, columns.id)
+            # Of a single place, each kind gets half.
+            .limit((limit + random.getrandbits(1)) // 2)
+        )
+
+    def unordered(
+        self, outbox: Table, limit: int | ColumnElement[int], start: Mark | None = None
+    ) -> Select[Any]:
+        """Lock the rows without one that may go."""
+        columns = outbox.c
+        return self.skip_locked(
+            select(columns.id)
+            .where(
+                columns.ordering_key.is_(None), self._due(outbox), *self.begins_at(outbox, start)
+            )
+            .order_by(columns.available_at, columns.id)
+            .limit(limit)
+        )
+
+    def _due(self, outbox: Table) -> ColumnElement[bool]:
+        return outbox.c.available_at <= self.now()
+
     def first_of_each_key(self, outbox: Table) -> Select[Any]:
         """The ids of the rows before which none with the same ordering key waits."""
         key = outbox.c.ordering_key
         return select(func.min(outbox.c.id)).where(key.is_not(None)).group_by(key)
 
-    def among(self, column: ColumnElement[int], ids: Sequence[int]) -> ColumnElement[bool]:
-        """Whether a column is one of many ids."""
-        return column.in_(ids)
+    @contextmanager
+    def transaction(self, engine: Engine) -> Iterator[Connection]:
+        """A short transaction of the outbox's own, with settings of its own."""
+        with engine.begin() as connection:
+            yield connection
 
-    def lock_keys(self, connection: Connection, keys: Sequence[str]) -> None:
+    def delete(
+        self,
+        connection: Connection,
+        key: Column[Any],
+        keys: Sequence[Any],
+        *conditions: ColumnElement[bool],
+    ) -> int:
+        """Delete rows by their primary keys, those that meet the conditions; return how many.
+
+        It must wait for no other row: a transaction of the app may hold it for long.
+        """
+        table: Any = key.table
+        gone = delete(table).where(self.among(key, keys), *conditions)
+        return connection.execute(gone).rowcount
+
+    def among(self, column: ColumnElement[Any], keys: Sequence[Any]) -> ColumnElement[bool]:
+        """Whether a column is one of many values."""
+        return column.in_(keys)
+
+    def lock_keys(self, connection: Connection, inbox: Table, keys: Sequence[str]) -> None:
         """Let transactions that stage under the same ordering key commit one after the other.
 
         Only then is the order of their ids that of their commits. Nothing to do where there is but
-        one writer.
+        one writer. `inbox` is for databases that have only rows to lock.
         """
 
     def notifying(self, stage: Insert, channel: str) -> Insert:
@@ -280,6 +325,16 @@ class Dialect:
         made of the key, for databases that would wait for that transaction.
         """
         raise NotImplementedError
+
+    def received(
+        self, connection: Connection, statement: Executable, values: Mapping[str, Any]
+    ) -> bool:
+        """Execute what `receive` returned; say whether a row was inserted."""
+        return connection.execute(statement, values).first() is not None
+
+    def forget(self, connection: Connection, outbox: Table, key: str) -> int:
+        """Delete the envelopes of a key, in a transaction of the app."""
+        return connection.execute(delete(outbox).where(outbox.c.key == key)).rowcount
 
     def is_sound(self, connection: Connection) -> bool:
         """Whether it is known, without asking the database, that a COMMIT will not be a roll-back."""

@@ -68,15 +68,15 @@ class PostgreSQL(Dialect):
         here = tuple_(literal(start.available_at, UTCDateTime), literal(start.id, BigInteger))
         return (tuple_(outbox.c.available_at, outbox.c.id) > here,)
 
-    def among(self, column: ColumnElement[int], ids: Sequence[int]) -> ColumnElement[bool]:
+    def among(self, column: ColumnElement[Any], keys: Sequence[Any]) -> ColumnElement[bool]:
         # One parameter, where IN has one for each: composing those costs more than the deletes.
-        return column == any_(bindparam(None, list(ids), type_=ARRAY(BigInteger)))
+        return column == any_(bindparam(None, list(keys), type_=ARRAY(column.type)))
 
     def not_awaited(self) -> Sequence[ColumnElement[Any]]:
         # For this transaction only. What settles the batch waits, and with it all that was before.
         return (func.set_config("synchronous_commit", "off", True),)
 
-    def lock_keys(self, connection: Connection, keys: Sequence[str]) -> None:
+    def lock_keys(self, connection: Connection, inbox: Table, keys: Sequence[str]) -> None:
         # In one order, or two transactions with the same keys could wait for each other.
         locks = sorted({lock_of("order", key) for key in keys})
         lock = func.unnest(bindparam("locks", locks, type_=ARRAY(BigInteger))).column_valued("lock")
