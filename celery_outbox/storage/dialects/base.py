@@ -98,7 +98,6 @@ class Dialect:
         The rows are locked in a CTE: an IN over a bare subquery with LIMIT may be planned as a loop
         that locks more than the limit.
         """
-        columns = outbox.c
         ordered = self.ordered(outbox, limit).cte("ordered")
         places_left = limit - select(func.count()).select_from(ordered).scalar_subquery()
         others = self.unordered(outbox, places_left, start).cte("others")
