@@ -76,6 +76,7 @@ STORE: Mapping[str, Callable[[Store], object]] = {
     "record": with_connection("record", "k", "SUCCESS", "x", forget=True),
     "forget": with_connection("forget", "k"),
     "prune_inbox": lambda store: store.prune_inbox(86400.5),
+    "prune_dead_letters": lambda store: store.prune_dead_letters(86400.5),
     "counts": lambda store: store.counts(),
 }
 
@@ -163,9 +164,9 @@ def test_the_script_is_understood(dialect: str) -> None:
     script = schema.script(Tables(prefix="x_"), dialect)
     parsed = sqlglot.parse(script, read="tsql" if dialect == "mssql" else "mysql")
     kinds = [type(part) for part in parsed if part is not None]
-    assert kinds.count(exp.Create) == 9
+    assert kinds.count(exp.Create) == 13
     assert kinds.count(exp.Insert) == 1
-    assert len(kinds) == 10
+    assert len(kinds) == 14
 
 
 def test_a_claim_locks_what_it_takes_and_passes_over_what_is_locked(

@@ -127,6 +127,8 @@ class _Cursor:
 def _value(name: str, kind: Any) -> Any:
     if name in _BY_NAME:
         return _BY_NAME[name]
+    if name == "now" or name.endswith("_at"):
+        return NOON
     try:
         return _BY_TYPE.get(kind.python_type)
     except NotImplementedError:
