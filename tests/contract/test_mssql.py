@@ -99,6 +99,7 @@ ADMINISTRATION: Mapping[str, Callable[[Administration], object]] = {
     "release": lambda admin: next(admin.release(ends_within_seconds=5)),
     "reschedule": lambda admin: next(admin.reschedule(EVERY, NOON)),
     "prune": lambda admin: next(admin.prune(5)),
+    "prune_dead_letters": lambda admin: next(iter(admin.prune_dead_letters(5)), None),
 }
 
 RUNS: Mapping[str, Callable[[Runs], object]] = {
