@@ -112,7 +112,7 @@ def count_events(registry: CollectorRegistry = REGISTRY) -> None:
     def listen(name: str, details: dict[str, Any]) -> None:
         match name:
             case events.SETTLED:
-                for outcome in ("confirmed", "retried", "dead", "released", "lost"):
+                for outcome in ("confirmed", "retried", "dead", "released", "postponed", "lost"):
                     relayed.labels(outcome).inc(getattr(details["tally"], outcome))
             case events.HANDLED:
                 handled.labels(details["state"].lower()).inc()

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, bindparam, case, delete, func, insert
 from celery_outbox.envelope import Envelope
 from celery_outbox.errors import EnvelopeError
 from celery_outbox.storage.dialects import dialect_for
-from celery_outbox.storage.notifications import Listener, channel_of
+from celery_outbox.storage.notifications import Listener, channel_of, may_notify
 from celery_outbox.storage.tables import HIGHEST_PRIORITY, Tables, UTCDateTime
 
 __all__ = ["Delivery", "LocalStore"]
@@ -55,6 +55,7 @@ class LocalStore:
         )
 
         self._put = self.dialect.notifying(put, self._channel) if notifies else put
+        self._put_silently = put
 
     def listen(self) -> Listener | None:
         """Hear of messages that are put from now on; None where the database tells nobody."""
@@ -65,7 +66,8 @@ class LocalStore:
 
         A row is what `celery_outbox.storage.store.row_of` gives, with ``queue`` and ``priority``.
         """
-        connection.execute(self._put, list(rows))
+        put = self._put if may_notify(connection) else self._put_silently
+        self.dialect.insert(connection, put, rows)
 
     def take(
         self,
@@ -85,7 +87,10 @@ class LocalStore:
         wanted = [
             (queue, priority) for priority in range(HIGHEST_PRIORITY, -1, -1) for queue in order
         ]
-        with self.engine.begin() as connection, self.dialect.without_waiting(connection):
+        with (
+            self.dialect.transaction(self.engine) as connection,
+            self.dialect.without_waiting(connection),
+        ):
             if handled:
                 self._drop(connection, handled, token)
             rows = (
@@ -105,13 +110,12 @@ class LocalStore:
 
     def drop(self, ids: Sequence[int], token: str) -> int:
         """Delete messages that are handled; return how many were still ours."""
-        with self.engine.begin() as connection:
+        with self.dialect.transaction(self.engine) as connection:
             return self._drop(connection, ids, token)
 
     def _drop(self, connection: Connection, ids: Sequence[int], token: str) -> int:
         local = self.tables.local
-        ours = self.dialect.among(local.c.id, ids) & (local.c.lease_token == token)
-        return connection.execute(delete(local).where(ours)).rowcount
+        return self.dialect.delete(connection, local.c.id, ids, local.c.lease_token == token)
 
     def give_back(self, ids: Sequence[int], token: str, after_seconds: float = 0.0) -> int:
         """End our lease of messages that are not handled; return how many were still ours."""
@@ -119,7 +123,7 @@ class LocalStore:
         ours = self.dialect.among(local.c.id, ids) & (local.c.lease_token == token)
         back = update(local).where(ours)
         back = back.values(lease_token=None, available_at=self.dialect.after(after_seconds))
-        with self.engine.begin() as connection:
+        with self.dialect.transaction(self.engine) as connection:
             return connection.execute(back).rowcount
 
     def renew(self, ids: Sequence[int], token: str, lease_seconds: float) -> set[int]:
@@ -128,8 +132,9 @@ class LocalStore:
         ours = self.dialect.among(local.c.id, ids) & (local.c.lease_token == token)
         renewed = update(local).where(ours)
         renewed = renewed.values(available_at=self.dialect.after(lease_seconds))
-        with self.engine.begin() as connection:
-            return set(connection.execute(renewed.returning(local.c.id)).scalars())
+        with self.dialect.transaction(self.engine) as connection:
+            connection.execute(renewed)
+            return set(connection.execute(select(local.c.id).where(ours)).scalars())
 
     def size(self, queue: str) -> int:
         """Return how many messages of a queue wait to be taken, those of later included."""
@@ -143,7 +148,7 @@ class LocalStore:
         """Delete what waits in a queue; return how much it was. What is taken stays."""
         local = self.tables.local
         mine = (local.c.queue == queue) & ~self._taken()
-        with self.engine.begin() as connection:
+        with self.dialect.transaction(self.engine) as connection:
             return connection.execute(delete(local).where(mine)).rowcount
 
     def counts(self) -> dict[str, dict[str, int]]:

@@ -6,7 +6,10 @@ import re
 from hashlib import sha256
 from typing import Protocol
 
-__all__ = ["Listener", "channel_of"]
+from sqlalchemy import Connection
+from sqlalchemy.engine import TwoPhaseTransaction
+
+__all__ = ["Listener", "channel_of", "may_notify"]
 
 #: PostgreSQL's names are cut at 63 bytes.
 _FITTING = re.compile(r"[a-z0-9_.]{1,49}")
@@ -30,3 +33,8 @@ def channel_of(table: str) -> str:
     if not _FITTING.fullmatch(table):
         table = sha256(table.encode()).hexdigest()[:32]
     return f"celery_outbox.{table}"
+
+
+def may_notify(connection: Connection) -> bool:
+    """Whether the transaction may notify: PostgreSQL prepares none that does."""
+    return not isinstance(connection.get_transaction(), TwoPhaseTransaction)

@@ -25,7 +25,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_outbox.envelope import Envelope
@@ -35,7 +34,7 @@ from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.dialects.base import lock_of
 from celery_outbox.storage.local import LocalStore
 from celery_outbox.storage.low_water import LowWater
-from celery_outbox.storage.notifications import Listener, channel_of
+from celery_outbox.storage.notifications import Listener, channel_of, may_notify
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
 __all__ = ["Batch", "Claimed", "FreshestFirst", "Handled", "Settlement", "Store", "row_of"]
@@ -156,9 +155,8 @@ class Store:
             if keys := {row["ordering_key"] for row in published} - {None}:
                 self.dialect.lock_keys(connection, self.tables.inbox, sorted(keys))
             if published:
-                # PostgreSQL prepares no transaction that notifies: the relays look by themselves.
-                silently = isinstance(connection.get_transaction(), TwoPhaseTransaction)
-                silently = self._is_taken_care_of(connection, published) or silently
+                taken_care_of = self._is_taken_care_of(connection, published)
+                silently = taken_care_of or not may_notify(connection)
                 stage = self._stage_silently if silently else self._stage
                 self.dialect.insert(connection, stage, published)
             if local:

@@ -85,6 +85,8 @@ WRONG: dict[str, list[Any]] = {
     "bypass": ["shout", True],
     "hold_scheduled": ["yes", 1, "false"],
     "notify": ["yes", 1, "false"],
+    "local_queues": ["emails", 7, [""], [7]],
+    "local_lease_seconds": [0, -1, "30"],
     "publish_after_commit": ["yes", 1, "false"],
     "relay_in_worker": ["yes", 1, "false"],
     "trust_broker": ["yes", 1, "false"],
@@ -210,8 +212,10 @@ def test_an_unknown_kind_of_database_is_named() -> None:
 
 
 def test_a_database_that_the_outbox_does_not_speak_is_named() -> None:
-    outbox = Outbox(app_with(), "mysql+pymysql://host/db")
-    with pytest.raises(ConfigurationError, match=r"mysql"):
+    engine = sa.create_engine("sqlite://")
+    engine.dialect.name = "oracle"
+    outbox = Outbox(app_with(), engine)
+    with pytest.raises(ConfigurationError, match=r"'oracle'.*it speaks"):
         _ = outbox.store
 
 

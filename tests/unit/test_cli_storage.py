@@ -353,7 +353,7 @@ def test_rebuild_asks_without_the_password(make_shop: MakeShop, postgresql_url: 
     shop = make_shop(url.render_as_string(hide_password=False))
     words = ["storage", "rebuild"]
     result = CliRunner().invoke(command, words, obj=context(shop), input="n\n")
-    assert "Drop 6 tables with 0 rows in postgresql" in result.output
+    assert "Drop 7 tables with 0 rows in postgresql" in result.output
     assert "s3cret" not in result.output
 
 

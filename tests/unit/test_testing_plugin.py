@@ -142,7 +142,7 @@ def test_all_fixtures_in_a_project_of_their_own(project: Project) -> None:
         def test_faults(outbox_faults, relay_all):
             place_order(4)
             with outbox_faults.refuse():
-                assert relay_all().retried == 1
+                assert relay_all().postponed == 1
         """,
     )
     assert "7 passed" in project.run()

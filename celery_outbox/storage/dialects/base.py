@@ -291,9 +291,11 @@ class Dialect:
                         attempts=columns.attempts + 1,
                         available_at=self.after(lease_seconds),
                     )
-                    .returning(*columns, *self.not_awaited())
                 )
-                rows.extend(connection.execute(taken))
+                connection.execute(taken)
+                # Read again: not every database returns what it has written.
+                ours = select(*columns).where(columns.id.in_(ids), columns.lease_token == token)
+                rows.extend(connection.execute(ours))
             if len(rows) >= limit:
                 break
         return rows
