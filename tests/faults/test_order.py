@@ -16,11 +16,12 @@ from tests.support.waiting import wait_until
 
 KEYS = 5
 SENDERS = 3
-EACH = 200
+EACH = 60
 LEASE: dict[str, Any] = {"outbox_lease_seconds": 1.0, "outbox_confirm_timeout_seconds": 0.5}
 
 SEND = """
 import random
+site.app.loader.import_default_modules()
 for number in range({each}):
     with site.Session.begin() as session:
         key = str(random.randrange({keys}))
