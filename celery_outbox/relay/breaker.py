@@ -81,3 +81,7 @@ class Breakers:
     def succeeded(self, name: str) -> None:
         """All is well with `name`."""
         self._breakers.pop(name, None)
+
+    def clear(self) -> None:
+        """All is well with all of them."""
+        self._breakers.clear()

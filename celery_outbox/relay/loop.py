@@ -212,6 +212,12 @@ class Relay:
         """Whether something is still under way, which the next `once` settles if it is answered."""
         return bool(self._late)
 
+    def forget_failures(self) -> None:
+        """Ask broker, database and destinations again at once, as if none had ever failed."""
+        self._broker.succeeded()
+        self._database.succeeded()
+        self._destinations.clear()
+
     def close(self) -> None:
         """Drop the connection to the broker."""
         self._publisher.close()

@@ -58,6 +58,7 @@ class Faults:
             yield
         finally:
             relay._publisher = real
+            relay.forget_failures()
 
     @contextmanager
     def kill(self, at: str, *, on: int = 1) -> Iterator[None]:
@@ -107,6 +108,7 @@ class Faults:
             yield
         finally:
             relay._publisher = real
+            relay.forget_failures()
 
 
 class _Faulty:
