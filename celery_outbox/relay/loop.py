@@ -291,7 +291,8 @@ class Relay:
             if row.envelope is None:
                 continue
             if self._destinations.seconds_left(row.destination):
-                outcomes[row.id] = Stalled(self._destinations.error(row.destination))
+                error = self._destinations.error(row.destination)
+                outcomes[row.id] = Stalled(error, tried=False)
             else:
                 ready.append((row.id, row.envelope.at(held.batch.now)))
         return outcomes | self._publisher.publish(ready, self._meanwhile)

@@ -36,6 +36,8 @@ class Stalled:
     """Its destination takes nothing now: a full queue, no right to write. No fault of the message."""
 
     error: str
+    #: Whether it was tried, or its destination is left alone for what it did before.
+    tried: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def settlement_of(
     Rows that are still under way are left out. `destinations` learns which of them take messages.
     """
     settlement = Settlement()
-    stalled: list[tuple[Claimed, str]] = []
+    stalled: list[tuple[Claimed, Stalled]] = []
     slow: set[str] = set()
     taking: set[str] = set()
     for row in rows:
@@ -57,8 +57,8 @@ def settlement_of(
                 _confirm(settlement, row, now, config)
             case Refused(error):
                 _refuse(settlement, row, error, config)
-            case Stalled(error):
-                stalled.append((row, error))
+            case Stalled():
+                stalled.append((row, outcome))
             case Undecided() | Unknown():
                 settlement.released.append(row.id)
             case UnderWay():
@@ -70,8 +70,8 @@ def settlement_of(
     for destination in slow - taking:
         destinations.failed(destination, "its messages are not confirmed yet")
     # After those that were confirmed: a queue that was filled by them is full all the same.
-    for row, error in stalled:
-        _postpone(settlement, row, error, destinations)
+    for row, outcome in stalled:
+        _postpone(settlement, row, outcome, destinations)
     return settlement
 
 
@@ -108,11 +108,15 @@ def _refuse(settlement: Settlement, row: Claimed, error: str, config: Config) ->
         )
 
 
-def _postpone(settlement: Settlement, row: Claimed, error: str, destinations: Breakers) -> None:
-    is_news = not destinations.seconds_left(row.destination)
-    pause = destinations.failed(row.destination, error)
-    if is_news:
-        logger.warning("%s takes nothing, again in %.1f s: %s", row.destination, pause, error)
-        events.emit(events.STALLED, destination=row.destination, error=error)
+def _postpone(
+    settlement: Settlement, row: Claimed, outcome: Stalled, destinations: Breakers
+) -> None:
+    pause = destinations.seconds_left(row.destination)
+    if outcome.tried and not pause:
+        pause = destinations.failed(row.destination, outcome.error)
+        logger.warning(
+            "%s takes nothing, again in %.1f s: %s", row.destination, pause, outcome.error
+        )
+        events.emit(events.STALLED, destination=row.destination, error=outcome.error)
     # Spread, so that they don't come back all in one batch.
-    settlement.postponed[row.id] = (pause * (1 + random.random() / 4), error)
+    settlement.postponed[row.id] = (pause * (1 + random.random() / 4), outcome.error)

@@ -132,6 +132,14 @@ def test_a_destination_that_stalls_is_left_alone_until_it_takes_something() -> N
     assert breakers.seconds_left("full") == 0
 
 
+def test_who_was_not_tried_makes_no_pause_longer() -> None:
+    """Its pause was over while the batch was published."""
+    breakers = Breakers(base=1.0, cap=60.0)
+    settlement = settle([row(1, "q")], {1: Stalled("x", tried=False)}, breakers)
+    assert settlement.postponed == {1: (0.0, "x")}
+    assert breakers.seconds_left("q") == 0
+
+
 def test_a_queue_that_took_some_and_refused_the_rest_is_full() -> None:
     breakers = Breakers(base=1.0, cap=60.0)
     settle([row(1, "q"), row(2, "q")], {1: Stalled("x"), 2: Confirmed()}, breakers)
