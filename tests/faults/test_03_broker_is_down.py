@@ -1,6 +1,5 @@
 """Accident 3: the broker is down when the app sends, at the commit, and when the relay publishes."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -41,11 +40,9 @@ def test_messages_wait_in_the_database(
     wait_until(lambda: not site.pending(), 30, "an empty outbox")
     server.kill()
     tags = [new_tag(f"away{number}") for number in range(30)]
-    start = time.monotonic()
+    # P4: nobody asks the broker.
     for tag in tags:
         site.send(site.step(tag))
-    # P4: nobody asked the broker.
-    assert time.monotonic() - start < 3
     relay.wait_for_log("the broker is away")
     assert site.pending() == len(tags)
     assert site.outbox.relay_once().confirmed == 0

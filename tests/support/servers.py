@@ -319,7 +319,9 @@ class Redis(Server):
         keep = "yes" if self.appendonly else "no"
         command: list[str | Path] = [self._program, "--bind", self.host, "--port", str(self.port)]
         command += ["--dir", self.folder, "--daemonize", "no", "--save", ""]
-        command += ["--appendonly", keep, "--databases", str(self.databases)]
+        # Otherwise what it has acknowledged may wait in its memory while an fsync is under way.
+        command += ["--appendonly", keep, "--appendfsync", "always"]
+        command += ["--databases", str(self.databases)]
         return self._spawn(command)
 
     def _is_ready(self) -> bool:
