@@ -6,6 +6,7 @@
 #     info TEXT...            say what happens
 #     die TEXT...             say why not, and exit 1
 #     setup_venv              make .venv, install the project into it when pyproject.toml changed
+#     setup_proton            build Qpid Proton for .venv, with the compiler that it needs
 #     need_servers NAME...    install or ask for postgresql, mariadb, rabbitmq, redis
 #     lint                    format, lint, types, imports, spelling
 #
@@ -78,6 +79,24 @@ setup_venv() {
             --editable "$ROOT[$EXTRAS]" </dev/null || die "pip install failed"
         printf '%s\n' "$want" >"$stamp"
     fi
+}
+
+# Qpid Proton comes as source only.
+setup_proton() {
+    "$VENV_PYTHON" -c 'import proton' 2>/dev/null && return
+    local missing=()
+    command -v gcc >/dev/null || missing+=(gcc libc6-dev)
+    command -v pkg-config >/dev/null || missing+=(pkg-config)
+    [ -f /usr/include/openssl/ssl.h ] || missing+=(libssl-dev)
+    [ -f "$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
+        missing+=(python3-dev)
+    if [ ${#missing[@]} -gt 0 ]; then
+        _need_packages "${missing[@]}"
+    fi
+    info "building Qpid Proton"
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --retries 5 \
+        --editable "$ROOT[proton]" </dev/null ||
+        die "pip install of Qpid Proton failed"
 }
 
 # Run in a subshell with the environment's programs first on PATH; says which check failed.
