@@ -15,7 +15,8 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from benchmarks.figures import Contender, measure, print_table
 from celery_outbox import Outbox
 from celery_outbox.envelope import Envelope
-from celery_outbox.storage.store import Store, row_of
+from celery_outbox.storage.rows import row_of
+from celery_outbox.storage.store import Store
 
 TITLE = "keep: the database's part of a task, without a stored result"
 CONNECTIONS = 4

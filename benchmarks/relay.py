@@ -17,7 +17,7 @@ from benchmarks.peers.django_outbox import DjangoOutbox
 from benchmarks.reference import BarePublisher, empty_queue
 from celery_outbox import Outbox, durable_task, events
 from celery_outbox.envelope import Envelope
-from celery_outbox.storage.store import row_of
+from celery_outbox.storage.rows import row_of
 
 QUEUE = "bench"
 BATCHES = (100, 500)

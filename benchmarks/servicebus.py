@@ -17,7 +17,7 @@ from celery_outbox import Outbox, durable_task
 from celery_outbox.envelope import Envelope
 from celery_outbox.relay.outcome import Confirmed
 from celery_outbox.relay.publishers import VirtualPublisher
-from celery_outbox.storage.store import row_of
+from celery_outbox.storage.rows import row_of
 from tests.support.servicebus import ServiceBus
 
 QUEUE = "bench"

@@ -11,7 +11,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from celery_outbox.envelope import Envelope, message_key
 from celery_outbox.storage.local import Delivery
-from celery_outbox.storage.store import row_of
+from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.tables import HIGHEST_PRIORITY
 
 __all__ = ["delivered", "envelope_of", "id_of", "queued"]

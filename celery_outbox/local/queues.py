@@ -17,7 +17,7 @@ from celery_outbox.errors import EnvelopeError
 from celery_outbox.local.hosts import SCHEME, URL, reach
 from celery_outbox.local.message import queued
 from celery_outbox.local.routing import Routing
-from celery_outbox.storage.store import row_of
+from celery_outbox.storage.rows import row_of
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, bindparam, case, delete, func, insert, select, update
 
 from celery_outbox.envelope import Envelope
-from celery_outbox.errors import EnvelopeError
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.notifications import Listener, channel_of, may_notify
+from celery_outbox.storage.rows import envelope_of
 from celery_outbox.storage.tables import HIGHEST_PRIORITY, Tables, UTCDateTime
 
 __all__ = ["Delivery", "LocalStore"]
@@ -64,7 +64,7 @@ class LocalStore:
     def put(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Queue messages in the caller's transaction: they are there when it commits.
 
-        A row is what `celery_outbox.storage.store.row_of` gives, with ``queue`` and ``priority``.
+        A row is what `celery_outbox.storage.rows.row_of` gives, with ``queue`` and ``priority``.
         """
         put = self._put if may_notify(connection) else self._put_silently
         self.dialect.insert(connection, put, rows)
@@ -174,18 +174,4 @@ class LocalStore:
 
 
 def _delivery(row: Any) -> Delivery:
-    envelope, error = None, None
-    try:
-        envelope = Envelope.load(
-            row.message,
-            task=row.task,
-            task_id=row.task_id,
-            key=row.key,
-            body=row.body,
-            ordering_key=row.ordering_key,
-            due_at=row.due_at,
-            expires_at=row.expires_at,
-        )
-    except EnvelopeError as exc:
-        error = str(exc)
-    return Delivery(row.id, row.attempts, row.queue, envelope, error)
+    return Delivery(row.id, row.attempts, row.queue, *envelope_of(row))

@@ -28,16 +28,17 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_outbox.envelope import Envelope
-from celery_outbox.errors import EnvelopeError, TransactionLost
+from celery_outbox.errors import TransactionLost
 from celery_outbox.storage import schema
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.dialects.base import lock_of
 from celery_outbox.storage.local import LocalStore
 from celery_outbox.storage.low_water import LowWater
 from celery_outbox.storage.notifications import Listener, channel_of, may_notify
+from celery_outbox.storage.rows import envelope_of
 from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
 
-__all__ = ["Batch", "Claimed", "FreshestFirst", "Handled", "Settlement", "Store", "row_of"]
+__all__ = ["Batch", "Claimed", "FreshestFirst", "Handled", "Settlement", "Store"]
 
 #: The state of an inbox row until it is recorded; no other transaction sees it before the commit. It
 #: is the likeliest one, so that a task without a result needs no second statement.
@@ -414,42 +415,12 @@ class FreshestFirst(Store):
         return _batch(*self._lease(self.dialect.claim_freshest, limit, lease_seconds))
 
 
-def row_of(envelope: Envelope) -> Mapping[str, Any]:
-    """Return the envelope as a row; raise `EnvelopeError` if its headers can't be stored."""
-    return {
-        "key": envelope.key,
-        "task": envelope.task[:NAME_LENGTH],
-        "task_id": envelope.task_id[:NAME_LENGTH],
-        "destination": envelope.destination[:NAME_LENGTH],
-        "ordering_key": envelope.ordering_key,
-        "body": envelope.body,
-        "message": envelope.dump(),
-        "due_at": envelope.due_at,
-        "not_before": envelope.due_at,
-        "expires_at": envelope.expires_at,
-    }
-
-
 def _batch(token: str, rows: Sequence[Row[Any]]) -> Batch:
     rows = sorted(rows, key=lambda row: int(row.id))
     return Batch(token, rows[0].now if rows else None, [_claimed(row) for row in rows])
 
 
 def _claimed(row: Row[Any]) -> Claimed:
-    envelope, error = None, None
-    try:
-        envelope = Envelope.load(
-            row.message,
-            task=row.task,
-            task_id=row.task_id,
-            key=row.key,
-            body=row.body,
-            due_at=row.due_at,
-            expires_at=row.expires_at,
-            ordering_key=row.ordering_key,
-        )
-    except EnvelopeError as exc:
-        error = str(exc)
     return Claimed(
         row.id,
         row.attempts,
@@ -457,8 +428,7 @@ def _claimed(row: Row[Any]) -> Claimed:
         row.task_id,
         row.destination,
         row.created_at,
-        envelope,
-        error,
+        *envelope_of(row),
     )
 
 

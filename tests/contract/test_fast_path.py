@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import Connection, update
 from sqlalchemy import select as select_
 
-from celery_outbox.storage.store import FreshestFirst, Settlement, Store, row_of
+from celery_outbox.storage.rows import row_of
+from celery_outbox.storage.store import FreshestFirst, Settlement, Store
 from tests.contract.test_outgoing import claim, envelope, ids, stage, stored
 
 NOW = datetime.now(timezone.utc)

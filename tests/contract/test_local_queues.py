@@ -10,7 +10,8 @@ from sqlalchemy.exc import OperationalError
 
 from celery_outbox.local.message import queued
 from celery_outbox.storage.local import Delivery, LocalStore
-from celery_outbox.storage.store import Store, row_of
+from celery_outbox.storage.rows import row_of
+from celery_outbox.storage.store import Store
 from tests.contract.conftest import Database
 from tests.contract.test_outgoing import envelope
 

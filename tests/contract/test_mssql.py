@@ -20,8 +20,9 @@ from celery_outbox.errors import ConfigurationError
 from celery_outbox.storage import schema
 from celery_outbox.storage.administration import Administration, Selection
 from celery_outbox.storage.dialects import dialect_for
+from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.runs import Run, Runs
-from celery_outbox.storage.store import Batch, Claimed, Settlement, Store, row_of
+from celery_outbox.storage.store import Batch, Claimed, Settlement, Store
 from celery_outbox.storage.tables import Tables
 from tests.contract.test_outgoing import envelope
 from tests.support.fake_mssql import Asked, fake_engine

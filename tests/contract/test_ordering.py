@@ -6,7 +6,8 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine
 
-from celery_outbox.storage.store import Batch, Settlement, Store, row_of
+from celery_outbox.storage.rows import row_of
+from celery_outbox.storage.store import Batch, Settlement, Store
 from tests.contract.conftest import Database
 from tests.contract.test_outgoing import NOW, claim, envelope, ids, make_due, numbers, stage
 

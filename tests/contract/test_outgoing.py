@@ -11,7 +11,8 @@ from sqlalchemy.exc import OperationalError
 
 from celery_outbox.envelope import Envelope
 from celery_outbox.storage import low_water
-from celery_outbox.storage.store import Batch, Settlement, Store, row_of
+from celery_outbox.storage.rows import row_of
+from celery_outbox.storage.store import Batch, Settlement, Store
 from tests.contract.conftest import Database
 
 NOW = datetime.now(timezone.utc)

@@ -4,7 +4,8 @@ import pytest
 import sqlalchemy as sa
 
 from celery_outbox.storage.relays import ALIVE_SECONDS, Relays, SeenRelay
-from celery_outbox.storage.store import Settlement, Store, row_of
+from celery_outbox.storage.rows import row_of
+from celery_outbox.storage.store import Settlement, Store
 from tests.contract.test_outgoing import envelope
 
 VALUES = {"host": "web", "pid": 7, "dead": 0, "lost": 0, "per_second": 1.5}

@@ -13,7 +13,8 @@ import pytest
 from sqlalchemy import Engine, create_engine, event, update
 
 from celery_outbox.storage.administration import Administration, Selection
-from celery_outbox.storage.store import Settlement, Store, row_of
+from celery_outbox.storage.rows import row_of
+from celery_outbox.storage.store import Settlement, Store
 from tests.contract.conftest import Database
 from tests.contract.test_incoming import age, receive
 from tests.contract.test_outgoing import claim, envelope, ids, numbers, stage

@@ -114,15 +114,19 @@ def test_what_is_written_for_proof_is_rolled_back(shop: Shop) -> None:
 # notifications
 
 
-def test_a_pooler_that_swallows_listen(postgresql_shop: Shop) -> None:
-    """What a pooler in transaction mode does: LISTEN reaches a session that is somebody else's next."""
+def test_a_pooler_that_swallows_listen(
+    postgresql_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pooler in transaction mode does: the session that LISTENs is somebody else's next."""
+    store = postgresql_shop.outbox.store
+    listen = store.listen
 
-    @sa.event.listens_for(postgresql_shop.outbox.engine, "before_cursor_execute", retval=True)
-    def swallow(
-        _connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any
-    ) -> tuple[str, Any]:
-        return ("SELECT 1" if statement.startswith("LISTEN") else statement), parameters
+    def listen_in_vain() -> Any:
+        listener: Any = listen()
+        listener._driver.execute("UNLISTEN *")
+        return listener
 
+    monkeypatch.setattr(store, "listen", listen_in_vain)
     said = only(check_notifications(postgresql_shop.outbox), Level.WARNING)
     assert "did not arrive" in said
 

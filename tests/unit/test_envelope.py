@@ -12,7 +12,7 @@ from hypothesis import given
 from celery_outbox.declaration import freeze, thaw
 from celery_outbox.envelope import Envelope, message_key
 from celery_outbox.errors import EnvelopeError
-from celery_outbox.storage.store import row_of
+from celery_outbox.storage.rows import row_of
 from tests.contract.test_outgoing import envelope
 from tests.unit import calls
 

@@ -150,15 +150,24 @@ class Dialect:
         return (
             update(outbox)
             .where(columns.id.in_(due))
-            .values(
-                lease_token=token,
-                attempts=columns.attempts + 1,
-                available_at=self.after(lease_seconds),
-            )
+            .values(self.under_lease(outbox, lease_seconds, token))
             .returning(
                 *(columns[name] for name in CLAIMED), self.now().label("now"), *self.not_awaited()
             )
         )
+
+    def under_lease(
+        self,
+        table: Table,
+        lease_seconds: ColumnElement[float] | float,
+        token: ColumnElement[str] | str,
+    ) -> dict[str, Any]:
+        """What a claim writes into a row: the lease, and one attempt more."""
+        return {
+            "lease_token": token,
+            "attempts": table.c.attempts + 1,
+            "available_at": self.after(lease_seconds),
+        }
 
     def not_awaited(self) -> Sequence[ColumnElement[Any]]:
         """What to select so that the transaction's COMMIT does not wait for the disk.
@@ -286,11 +295,7 @@ class Dialect:
                     update(local)
                     # Another one may have been faster, where nothing locks what is read.
                     .where(columns.id.in_(ids), columns.available_at <= self.now())
-                    .values(
-                        lease_token=token,
-                        attempts=columns.attempts + 1,
-                        available_at=self.after(lease_seconds),
-                    )
+                    .values(self.under_lease(local, lease_seconds, token))
                 )
                 connection.execute(taken)
                 # Read again: not every database returns what it has written.

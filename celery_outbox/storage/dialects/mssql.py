@@ -142,11 +142,7 @@ class SQLServer(Dialect):
         return (
             update(outbox)
             .with_hint(_SKIP_LOCKED)
-            .values(
-                lease_token=token,
-                attempts=columns.attempts + 1,
-                available_at=self.after(lease_seconds),
-            )
+            .values(self.under_lease(outbox, lease_seconds, token))
             .returning(*(columns[name] for name in CLAIMED), self.now().label("now"))
         )
 

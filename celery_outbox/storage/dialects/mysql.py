@@ -153,11 +153,7 @@ class MySQL(Dialect):
             taken = (
                 update(outbox)
                 .where(outbox.c.id.in_([row.id for row in rows]))
-                .values(
-                    lease_token=token,
-                    attempts=outbox.c.attempts + 1,
-                    available_at=self.after(lease_seconds),
-                )
+                .values(self.under_lease(outbox, lease_seconds, token))
             )
             connection.execute(taken)
         return rows

@@ -129,11 +129,7 @@ class PostgreSQL(Dialect):
         taken = (
             update(local)
             .where(columns.id.in_(select(due.c.id)))
-            .values(
-                lease_token=token,
-                attempts=columns.attempts + 1,
-                available_at=self.after(lease_seconds),
-            )
+            .values(self.under_lease(local, lease_seconds, token))
             .returning(*columns, *self.not_awaited())
         )
         queues, priorities = zip(*wanted, strict=True)
