@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
 from tests.journeys.making import Making
 from tests.journeys.site import Setup, Site, new_tag
+from tests.support.mariadb import MariaDB
 from tests.support.processes import Process
 from tests.support.proxy import TcpProxy
 from tests.support.servers import PostgreSQL
 from tests.support.waiting import wait_until
 
+Either = PostgreSQL | MariaDB
 BATCH = 40
 #: Longer than the test: what is settled is settled by the relay that has published it.
 LONG: dict[str, Any] = {"outbox_lease_seconds": 300.0}
@@ -29,17 +31,24 @@ LONG: dict[str, Any] = {"outbox_lease_seconds": 300.0}
 SHORT: dict[str, Any] = {"outbox_lease_seconds": 1.0, "outbox_confirm_timeout_seconds": 0.5}
 
 
+@pytest.fixture(params=["postgresql", "mariadb"])
+def server(request: pytest.FixtureRequest) -> Either:
+    """The shared server of each database in turn."""
+    server: Either = request.getfixturevalue(f"{request.param}_server")
+    return server
+
+
 @pytest.fixture
-def proxy(postgresql_server: PostgreSQL) -> Iterator[TcpProxy]:
-    """The way to the shared PostgreSQL."""
-    with TcpProxy("127.0.0.1", postgresql_server.port) as proxy:
+def proxy(server: Either) -> Iterator[TcpProxy]:
+    """The way to the shared server."""
+    with TcpProxy("127.0.0.1", server.port) as proxy:
         yield proxy
 
 
-@pytest.fixture(scope="module")
-def own_postgresql() -> Iterator[PostgreSQL]:
-    """A PostgreSQL that may be killed."""
-    with PostgreSQL() as server:
+@pytest.fixture(scope="module", params=[PostgreSQL, MariaDB], ids=["postgresql", "mariadb"])
+def own_server(request: pytest.FixtureRequest) -> Iterator[Either]:
+    """One that may be killed."""
+    with request.param() as server:
         yield server
 
 
@@ -51,25 +60,19 @@ def _send(site: Site, count: int = BATCH) -> list[str]:
     return tags
 
 
-def _relay_behind(site: Site, proxy: TcpProxy, postgresql: PostgreSQL) -> Process:
+def _relay_behind(site: Site, proxy: TcpProxy) -> Process:
     """Start a relay that comes to the database through the proxy; nobody else does."""
-    through = site.setup.database.replace(f":{postgresql.port}/", f":{proxy.port}/")
+    _, port = proxy.target
+    through = site.setup.database.replace(f":{port}/", f":{proxy.port}/")
     setup = Setup(**{**vars(site.setup), "database": through})
     environment: dict[str, Any] = dict(setup.environment())
     return site.relay(**environment)
 
 
-def _end_backends(site: Site) -> None:
-    """Let the database end every connection but the one that says so."""
-    engine = create_engine(site.setup.database)
-    with engine.connect() as connection:
-        connection.execute(
-            text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
-        )
-    engine.dispose()
+def _end_connections(site: Site, server: Either) -> None:
+    """Let the database end every connection to it."""
+    server.end_connections(str(make_url(site.setup.database).database))
+    site.engine.dispose()
 
 
 def _verify_once(site: Site, tags: list[str]) -> None:
@@ -84,10 +87,10 @@ def _verify_once(site: Site, tags: list[str]) -> None:
 # The claim
 
 
-def test_during_a_claim(sites: Making, proxy: TcpProxy, postgresql_server: PostgreSQL) -> None:
+def test_during_a_claim(sites: Making, proxy: TcpProxy, server: Either) -> None:
     """The database has got the claim, and its answer is lost; then nobody is there for a while."""
-    site = sites("amqp", **LONG)
-    relay = _relay_behind(site, proxy, postgresql_server)
+    site = sites("amqp", server.name, **LONG)
+    relay = _relay_behind(site, proxy)
     first = _send(site, 1)
     wait_until(lambda: not site.pending(), 30, "an empty outbox")
     proxy.swallow_replies()
@@ -103,28 +106,22 @@ def test_during_a_claim(sites: Making, proxy: TcpProxy, postgresql_server: Postg
     _verify_once(site, first + tags)
 
 
-def test_the_connection_is_ended_while_the_relay_rests(sites: Making) -> None:
-    site = sites("amqp", **LONG)
+def test_the_connection_is_ended_while_the_relay_rests(sites: Making, server: Either) -> None:
+    site = sites("amqp", server.name, **LONG)
     relay = site.relay()
     first = _send(site, 1)
     wait_until(lambda: not site.pending(), 30, "an empty outbox")
-    _end_backends(site)
+    _end_connections(site, server)
     relay.wait_for_log("the database is away")
-    tags = _send_again(site)
+    tags = _send(site)
     wait_until(lambda: not site.pending(), 30, "an empty outbox")
     assert site.left() == 1 + BATCH
     _verify_once(site, first + tags)
 
 
-def _send_again(site: Site) -> list[str]:
-    """Send where this process's own connections were ended."""
-    site.engine.dispose()
-    return _send(site)
-
-
-def test_the_answer_to_the_claims_commit_is_lost(sites: Making) -> None:
+def test_the_answer_to_the_claims_commit_is_lost(sites: Making, server: Either) -> None:
     """It has a lease of which nobody knows; when it is over, the messages are claimed again."""
-    site = sites("amqp", **SHORT)
+    site = sites("amqp", server.name, **SHORT)
     tags = _send(site)
     with _losing_the_answer_to_a_commit(site), pytest.raises(OperationalError):
         site.outbox.relay_once()
@@ -137,14 +134,13 @@ def test_the_answer_to_the_claims_commit_is_lost(sites: Making) -> None:
 # Between publish and settle
 
 
-def test_the_connection_is_ended_before_the_settlement(sites: Making) -> None:
-    site = sites("amqp", **LONG)
+def test_the_connection_is_ended_before_the_settlement(sites: Making, server: Either) -> None:
+    site = sites("amqp", server.name, **LONG)
     site.points.arm("published", signal.SIGSTOP)
     relay = site.relay(wait=False)
     tags = _send(site)
     site.points.wait_struck("published")
-    _end_backends(site)
-    site.engine.dispose()
+    _end_connections(site, server)
     relay.resume()
     wait_until(lambda: not site.pending(), 30, "an empty outbox")
     assert relay.log.count("to settle") == 1
@@ -153,11 +149,11 @@ def test_the_connection_is_ended_before_the_settlement(sites: Making) -> None:
 
 
 def test_away_for_a_while_before_the_settlement(
-    sites: Making, proxy: TcpProxy, postgresql_server: PostgreSQL
+    sites: Making, proxy: TcpProxy, server: Either
 ) -> None:
-    site = sites("amqp", **LONG)
+    site = sites("amqp", server.name, **LONG)
     site.points.arm("published", signal.SIGSTOP)
-    relay = _relay_behind(site, proxy, postgresql_server)
+    relay = _relay_behind(site, proxy)
     tags = _send(site)
     site.points.wait_struck("published")
     proxy.refuse()
@@ -171,13 +167,11 @@ def test_away_for_a_while_before_the_settlement(
     _verify_once(site, tags)
 
 
-def test_away_for_longer_than_the_lease(
-    sites: Making, proxy: TcpProxy, postgresql_server: PostgreSQL
-) -> None:
+def test_away_for_longer_than_the_lease(sites: Making, proxy: TcpProxy, server: Either) -> None:
     """The batch is given up, and published a second time."""
-    site = sites("amqp", **SHORT)
+    site = sites("amqp", server.name, **SHORT)
     site.points.arm("published", signal.SIGSTOP)
-    relay = _relay_behind(site, proxy, postgresql_server)
+    relay = _relay_behind(site, proxy)
     tags = _send(site)
     site.points.wait_struck("published")
     proxy.refuse()
@@ -192,9 +186,11 @@ def test_away_for_longer_than_the_lease(
 
 
 @pytest.mark.parametrize("attempts", [1, 10])
-def test_the_answer_to_the_settlements_commit_is_lost(sites: Making, attempts: int) -> None:
+def test_the_answer_to_the_settlements_commit_is_lost(
+    sites: Making, server: Either, attempts: int
+) -> None:
     """It took effect, so that the second try finds nothing: no lease was lost, nothing is doubled."""
-    site = sites("amqp", outbox_max_attempts=attempts, **LONG)
+    site = sites("amqp", server.name, outbox_max_attempts=attempts, **LONG)
     with site.Session.begin():
         site.step(new_tag("bad")).apply_async(exchange="amq.direct", routing_key="nobody")
     tags = _send(site)
@@ -212,13 +208,11 @@ def test_the_answer_to_the_settlements_commit_is_lost(sites: Making, attempts: i
         site.wait_effects(tag, ["done"])
 
 
-def test_told_to_stop_while_it_is_away(
-    sites: Making, proxy: TcpProxy, postgresql_server: PostgreSQL
-) -> None:
+def test_told_to_stop_while_it_is_away(sites: Making, proxy: TcpProxy, server: Either) -> None:
     """A relay that has published stays until it has settled."""
-    site = sites("amqp", **LONG)
+    site = sites("amqp", server.name, **LONG)
     site.points.arm("published", signal.SIGSTOP)
-    relay = _relay_behind(site, proxy, postgresql_server)
+    relay = _relay_behind(site, proxy)
     tags = _send(site)
     site.points.wait_struck("published")
     proxy.refuse()
@@ -245,10 +239,10 @@ def _losing_the_answer_to_a_commit(site: Site, skip: int = 0) -> Iterator[None]:
         do_commit(pooled)
         if next(before, None) is None:
             dialect.do_commit = do_commit
-            with socket.socket(fileno=os.dup(pooled.driver_connection.pgconn.socket)) as wire:
+            with socket.socket(fileno=os.dup(_socket_of(pooled.driver_connection))) as wire:
                 wire.shutdown(socket.SHUT_RDWR)
             # What the driver says of a connection that is gone is what it says now.
-            pooled.driver_connection.execute("SELECT 1")
+            pooled.cursor().execute("SELECT 1")
 
     dialect.do_commit = commit
     try:
@@ -257,22 +251,30 @@ def _losing_the_answer_to_a_commit(site: Site, skip: int = 0) -> Iterator[None]:
         dialect.do_commit = do_commit
 
 
+def _socket_of(connection: Any) -> int:
+    """Return the number of a driver's socket: psycopg's, or PyMySQL's."""
+    number: int = (
+        connection.pgconn.socket if hasattr(connection, "pgconn") else connection._sock.fileno()
+    )
+    return number
+
+
 # A durable task's commit, and everything at once
 
 
 @pytest.mark.slow
-def test_killed_during_a_tasks_commit(sites: Making, own_postgresql: PostgreSQL) -> None:
-    own_postgresql.start()
-    site = sites("amqp", database=own_postgresql.create_database())
+def test_killed_during_a_tasks_commit(sites: Making, own_server: Either) -> None:
+    own_server.start()
+    site = sites("amqp", database=own_server.create_database())
     worker = site.worker()
     tags = _send(site, 2)
     site.points.arm("committing", signal.SIGSTOP)
     site.relay_all()
     site.points.wait_struck("committing")
-    own_postgresql.kill()
+    own_server.kill()
     worker.resume()
     worker.wait_for_log("goes back: ")
-    own_postgresql.start()
+    own_server.start()
     site.engine.dispose()
     for tag in tags:
         site.wait_effects(tag, ["done"], 60)
@@ -283,15 +285,15 @@ def test_killed_during_a_tasks_commit(sites: Making, own_postgresql: PostgreSQL)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_under_load(sites: Making, own_postgresql: PostgreSQL) -> None:
-    own_postgresql.start()
-    site = sites("amqp", database=own_postgresql.create_database(), outbox_batch_size=10, **SHORT)
+def test_killed_again_and_again_under_load(sites: Making, own_server: Either) -> None:
+    own_server.start()
+    site = sites("amqp", database=own_server.create_database(), outbox_batch_size=10, **SHORT)
     relay, worker = site.relay(), site.worker()
     tags = _send(site, 300)
     for done in (30, 60, 90):
         _wait_handled(site, done)
-        own_postgresql.kill()
-        own_postgresql.start()
+        own_server.kill()
+        own_server.start()
         site.engine.dispose()
     for tag in tags:
         site.wait_effects(tag, ["done"], 60)

@@ -19,6 +19,8 @@ SENDERS = 3
 EACH = 60
 LEASE: dict[str, Any] = {"outbox_lease_seconds": 1.0, "outbox_confirm_timeout_seconds": 0.5}
 
+DATABASES = pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+
 SEND = """
 import random
 site.app.loader.import_default_modules()
@@ -52,9 +54,10 @@ def _in_order(seen: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.slow
-def test_relays_are_killed(sites: Making) -> None:
+@DATABASES
+def test_relays_are_killed(sites: Making, database: str) -> None:
     """After the claim, after the publish and after the settlement."""
-    site = sites("amqp", outbox_batch_size=20, **LEASE)
+    site = sites("amqp", database, outbox_batch_size=20, **LEASE)
     senders = [
         site.python(SEND.format(each=EACH, keys=KEYS, sender=sender)) for sender in range(SENDERS)
     ]
@@ -73,8 +76,9 @@ def test_relays_are_killed(sites: Making) -> None:
     _in_order(seen)
 
 
-def test_a_failing_message_holds_its_own_key_only(sites: Making) -> None:
-    site = sites("amqp", outbox_max_attempts=10_000)
+@DATABASES
+def test_a_failing_message_holds_its_own_key_only(sites: Making, database: str) -> None:
+    site = sites("amqp", database, outbox_max_attempts=10_000)
     site.relay()
     with site.Session.begin():
         site.step("a", "0:0").apply_async(

@@ -238,6 +238,12 @@ class PostgreSQL(Server):
         """Drop a database that `create_database` made, ending its connections."""
         self._execute(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
 
+    def end_connections(self, database: str) -> None:
+        """Let the server end every connection to a database."""
+        self._execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+        )
+
     def _execute(self, statement: str) -> None:
         import psycopg  # here, so that tests without PostgreSQL need no driver
 
