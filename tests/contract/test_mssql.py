@@ -1,14 +1,17 @@
 """SQL Server, as far as it can be shown without one.
 
-Every method of the store, the administration and beat's runs is called on SQLAlchemy's mssql dialect;
-what it would send to a server is parsed by sqlglot, which knows T-SQL and nothing of SQLAlchemy. Where
-a server is named (`CELERY_OUTBOX_TEST_MSSQL_URL`), the whole contract is run on it besides.
+Every public method of `celery_outbox.storage` that talks to a database is called on SQLAlchemy's mssql
+dialect; what it would send to a server is parsed by sqlglot, which knows T-SQL and nothing of
+SQLAlchemy. Where a server is named (`CELERY_OUTBOX_TEST_MSSQL_URL`), the whole contract is run on it
+besides.
 """
 
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,13 +19,17 @@ import sqlglot
 from sqlalchemy import Engine
 from sqlglot import exp
 
+from celery_outbox import storage
 from celery_outbox.errors import ConfigurationError
+from celery_outbox.local.message import queued
 from celery_outbox.storage import schema
 from celery_outbox.storage.administration import Administration, Selection
 from celery_outbox.storage.dialects import dialect_for
+from celery_outbox.storage.local import LocalStore
+from celery_outbox.storage.relays import Relays
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.runs import Run, Runs
-from celery_outbox.storage.store import Batch, Claimed, Settlement, Store
+from celery_outbox.storage.store import Batch, Claimed, FreshestFirst, Settlement, Store
 from celery_outbox.storage.tables import Tables
 from tests.contract.test_outgoing import envelope
 from tests.support.fake_mssql import Asked, fake_engine
@@ -44,8 +51,14 @@ SETTLEMENT = Settlement(
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[Engine, Asked]]:
-    engine, asked = fake_engine()
+def changes() -> int:
+    """How many rows each statement has changed."""
+    return 1
+
+
+@pytest.fixture
+def server(changes: int) -> Iterator[tuple[Engine, Asked]]:
+    engine, asked = fake_engine(changes)
     yield engine, asked
     engine.dispose()
 
@@ -54,8 +67,8 @@ def store_of(engine: Engine) -> Store:
     return Store(engine, Tables(schema="messaging", prefix="x_"))
 
 
-def with_connection(method: str, *args: Any, **options: Any) -> Callable[[Store], object]:
-    def call(store: Store) -> object:
+def with_connection(method: str, *args: Any, **options: Any) -> Callable[[Any], object]:
+    def call(store: Any) -> object:
         with store.engine.begin() as connection:
             return getattr(store, method)(connection, *args, **options)
 
@@ -63,10 +76,10 @@ def with_connection(method: str, *args: Any, **options: Any) -> Callable[[Store]
 
 
 ROWS = [row_of(envelope("a")), row_of(envelope("b", ordering_key="k"))]
+LOCAL = queued(envelope("c"), "emails", hold_scheduled=True)
 
-#: Each public method of the store, and how it is called.
 STORE: Mapping[str, Callable[[Store], object]] = {
-    "stage": with_connection("stage", ROWS),
+    "stage": with_connection("stage", [*ROWS, LOCAL]),
     "stage_alone": lambda store: store.stage_alone(ROWS[0]),
     "claim": lambda store: store.claim(5, 60),
     "renew": lambda store: store.renew(BATCH, 60),
@@ -109,10 +122,45 @@ RUNS: Mapping[str, Callable[[Runs], object]] = {
     "advance": lambda runs: _advance(runs),
 }
 
+RELAYS: Mapping[str, Callable[[Relays], object]] = {
+    "seen": lambda relays: relays.seen("r", has_failed=True, host="h", pid=7, last_error="x"),
+    "all": lambda relays: relays.all(),
+    "gone": lambda relays: relays.gone("r"),
+    "forget": lambda relays: relays.forget(86400.5, 5),
+}
+
+LOCAL_STORE: Mapping[str, Callable[[LocalStore], object]] = {
+    "put": with_connection("put", [LOCAL]),
+    "take": lambda local: local.take(["a", "b"], 5, token="t", lease_seconds=9.5, handled=[1, 2]),
+    "drop": lambda local: local.drop([1, 2], "t"),
+    "give_back": lambda local: local.give_back([1, 2], "t", 9.5),
+    "renew": lambda local: local.renew([1, 2], "t", 9.5),
+    "size": lambda local: local.size("a"),
+    "purge": lambda local: local.purge("a"),
+    "counts": lambda local: local.counts(),
+}
+
+#: Each class that talks to the database, and how each of its public methods is called.
+CALLS: Mapping[type, Mapping[str, Callable[[Any], object]]] = {
+    Store: STORE,
+    FreshestFirst: {"claim": lambda store: _claim_freshest(store)},
+    Administration: ADMINISTRATION,
+    Runs: RUNS,
+    Relays: RELAYS,
+    LocalStore: LOCAL_STORE,
+}
+#: They have nothing to say where the database has no notifications.
+SILENT = {"listen", "notify"}
+
 
 def _advance(runs: Runs) -> bool:
     with runs._engine.begin() as connection:
         return runs.advance(connection, Run("x", NOON, 1))
+
+
+def _claim_freshest(store: FreshestFirst) -> Batch:
+    store.wanted = 5
+    return store.claim(5, 60)
 
 
 def check(statements: list[str]) -> None:
@@ -127,36 +175,47 @@ def check(statements: list[str]) -> None:
             assert understood, statement
 
 
-def public(kind: type) -> set[str]:
-    return {name for name, _ in inspect.getmembers(kind, callable) if not name.startswith("_")}
+def of_the_storage() -> set[type]:
+    """Return the classes that are made with an engine."""
+    modules = [
+        import_module(found.name)
+        for found in pkgutil.iter_modules(storage.__path__, f"{storage.__name__}.")
+    ]
+    return {
+        kind
+        for module in modules
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if kind.__module__ == module.__name__ and "engine" in inspect.signature(kind).parameters
+    }
 
 
 def test_every_method_is_called_here() -> None:
-    # The two that have nothing to say where the database has no notifications.
-    assert set(STORE) | {"listen", "notify"} == public(Store)
-    assert set(ADMINISTRATION) == public(Administration)
-    assert set(RUNS) == public(Runs)
+    assert CALLS.keys() == of_the_storage()
+    for kind, calls in CALLS.items():
+        methods = {name for name, found in vars(kind).items() if callable(found) and name[0] != "_"}
+        assert set(calls) == methods - SILENT, kind
 
 
-@pytest.mark.parametrize("method", STORE)
-def test_the_store_speaks_t_sql(server: tuple[Engine, Asked], method: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(kind, method, id=f"{kind.__name__}.{method}")
+        for kind, calls in CALLS.items()
+        for method in calls
+    ],
+)
+def test_each_statement_is_t_sql(server: tuple[Engine, Asked], kind: type, method: str) -> None:
     engine, asked = server
-    STORE[method](store_of(engine))
+    tables = store_of(engine).tables
+    CALLS[kind][method](kind(engine, tables.beat if kind is Runs else tables))
     check(asked)
 
 
-@pytest.mark.parametrize("method", ADMINISTRATION)
-def test_the_administration_speaks_t_sql(server: tuple[Engine, Asked], method: str) -> None:
+@pytest.mark.parametrize("changes", [0])
+def test_a_relays_first_sign_of_life_is_t_sql(server: tuple[Engine, Asked]) -> None:
     engine, asked = server
-    store = store_of(engine)
-    ADMINISTRATION[method](Administration(engine, store.tables))
-    check(asked)
-
-
-@pytest.mark.parametrize("method", RUNS)
-def test_beats_runs_speak_t_sql(server: tuple[Engine, Asked], method: str) -> None:
-    engine, asked = server
-    RUNS[method](Runs(engine, store_of(engine).tables.beat))
+    RELAYS["seen"](Relays(engine, store_of(engine).tables))
+    assert [statement.split()[0] for statement in asked] == ["UPDATE", "INSERT"]
     check(asked)
 
 

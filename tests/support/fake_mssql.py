@@ -19,11 +19,16 @@ class Asked(list[str]):
     """The statements, in their order, with the parameters' places as the driver gets them."""
 
 
-def fake_engine() -> tuple[Engine, Asked]:
-    """Return an engine of SQLAlchemy's mssql dialect with a driver that is none, and its statements."""
+def fake_engine(changes: int = 1) -> tuple[Engine, Asked]:
+    """Return an engine of SQLAlchemy's mssql dialect with a driver that is none, and its statements.
+
+    Each of them says that it has changed so many rows.
+    """
     asked = Asked()
     engine = create_engine(
-        "mssql+pyodbc://sa@nowhere/shop?driver=none", module=_Driver(asked), poolclass=StaticPool
+        "mssql+pyodbc://sa@nowhere/shop?driver=none",
+        module=_Driver(asked, changes),
+        poolclass=StaticPool,
     )
     dialect: Any = engine.dialect
     # What SQLAlchemy would ask a server for.
@@ -57,9 +62,10 @@ class _Driver(SimpleNamespace):
 
     class ProgrammingError(Error): ...
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, changes: int) -> None:
         super().__init__(Cursor=_Cursor)
         self._asked = asked
+        self._changes = changes
 
     def __getattr__(self, name: str) -> str:
         if not name.isupper():
@@ -69,7 +75,7 @@ class _Driver(SimpleNamespace):
     def connect(self, *_: Any, **__: Any) -> Any:
         nothing = lambda *_: None  # noqa: E731
         return SimpleNamespace(
-            cursor=lambda: _Cursor(self._asked),
+            cursor=lambda: _Cursor(self._asked, self._changes),
             commit=nothing,
             rollback=nothing,
             close=nothing,
@@ -85,11 +91,11 @@ class _Driver(SimpleNamespace):
 class _Cursor:
     """Finds one row of the columns that are expected."""
 
-    rowcount = 1
     fast_executemany = False
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, changes: int) -> None:
         self._asked = asked
+        self.rowcount = changes
         self._expected: list[tuple[str, Any]] = []
         self.description: list[tuple[Any, ...]] | None = None
         self._rows: list[tuple[Any, ...]] = []
