@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from kombu import Connection, Exchange, Queue
+from redis import Redis as Client
 
-from tests.journeys.brokers import rabbitmq
+from tests.journeys.brokers import rabbitmq, redis_database
 from tests.journeys.making import Making
 from tests.journeys.site import Site, new_tag
-from tests.support.servers import RabbitMQ
+from tests.support.servers import RabbitMQ, Redis
 from tests.support.waiting import wait_until
 
 #: Tried until the test has put right what was wrong.
@@ -25,6 +26,13 @@ ROOM = 5
 def own_rabbitmq() -> Iterator[RabbitMQ]:
     """A RabbitMQ that may block its connections."""
     with RabbitMQ() as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis() -> Iterator[Redis]:
+    """A Redis that may be told to take nothing."""
+    with Redis() as server:
         yield server
 
 
@@ -140,3 +148,60 @@ def test_a_relay_meets_a_broker_that_is_blocked_already(
     assert site.left() <= 30 + 2 * 10
     site.worker()
     _verify_once(site, tags)
+
+
+def _tell(redis: Redis, command: str) -> None:
+    with Client.from_url(redis.url) as client:
+        client.execute_command(*command.split())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "end", "error"),
+    [
+        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0", "used memory > 'maxmemory'"),
+        (
+            "CONFIG SET min-replicas-to-write 1",
+            "CONFIG SET min-replicas-to-write 0",
+            "NOREPLICAS",
+        ),
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE", "read only replica"),
+    ],
+    ids=["full", "no replicas", "a replica itself"],
+)
+def test_redis_takes_nothing(
+    sites: Making, own_redis: Redis, trouble: str, end: str, error: str
+) -> None:
+    """No message is to blame, and each goes when that is over."""
+    site = sites(redis_database(own_redis.url), backend=None, outbox_max_attempts=1)
+    relay = site.relay()
+    before = _send(site, 1)
+    wait_until(lambda: not site.pending(), 30, "an empty outbox")
+    _tell(own_redis, trouble)
+    tags = _send(site, 20)
+    for _ in range(2):
+        seen = len(relay.log)
+        relay.wait_for_log(error, after=seen)
+    counts = site.outbox.store.counts()
+    assert (counts["outgoing"] + counts["in_flight"], counts["dead"]) == (20, 0)
+    _tell(own_redis, end)
+    wait_until(lambda: not site.pending(), 30, "an empty outbox")
+    assert site.left() == 21
+    site.worker()
+    _verify_once(site, before + tags)
+
+
+def test_redis_forbids_a_queue(sites: Making, own_redis: Redis) -> None:
+    """A right that is missing is no message's fault; other queues go on."""
+    site = sites(redis_database(own_redis.url), backend=None, outbox_max_attempts=1)
+    site.worker("--queues=celery")
+    site.relay()
+    _tell(own_redis, "ACL SETUSER default resetkeys ~celery* ~_kombu* ~unacked*")
+    tags = _send(site, 5, queue="forbidden")
+    good = _send(site, 5)
+    for tag in good:
+        site.wait_effects(tag, ["done"])
+    wait_until(lambda: all(row["last_error"] for row in site.rows()), 30, "an error in each row")
+    assert [row["attempts"] for row in site.rows()] == [0] * 5
+    _tell(own_redis, "ACL SETUSER default allkeys")
+    site.worker("--queues=forbidden")
+    _verify_once(site, tags + good)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kombu import Connection
 
 from celery_outbox.envelope import Envelope
-from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Undecided, Unknown
+from celery_outbox.relay.outcome import Confirmed, Outcome, Refused, Stalled, Undecided, Unknown
 from celery_outbox.relay.publishers.base import Meanwhile, Publisher, nothing, said
 
 __all__ = ["VirtualPublisher"]
+
+#: Where an error in Redis's own words begins: redis-py takes the code away where it has a class.
+_REPLY = r"^(ResponseError: )?(Command .* caused error: )?"
+#: Redis takes nothing, from nobody: it is full, lacks its replicas or its disk, or is a replica.
+_OF_THE_BROKER = re.compile(
+    _REPLY + r"(OutOfMemoryError|ReadOnlyError|MasterDownError|ClusterDownError"
+    r"|OOM|READONLY|MASTERDOWN|CLUSTERDOWN|NOREPLICAS|MISCONF|BUSY)\b",
+    re.DOTALL,
+)
+#: It takes nothing for this key.
+_OF_THE_DESTINATION = re.compile(_REPLY + r"(NoPermissionError|NOPERM|WRONGTYPE)\b", re.DOTALL)
 
 
 class VirtualPublisher(Publisher):
@@ -19,6 +31,9 @@ class VirtualPublisher(Publisher):
 
     That is the strongest answer that they give. There is no mandatory flag, so whether an exchange
     leads anywhere is looked up before.
+
+    What Redis says of its own state is no message's fault: the batch is given up, and the connection,
+    for the next one may lead to another Redis.
 
     A message that a broker can't take (too large for Redis) may make it end the connection, as if it
     went away. What lost the connection is passed over the next time; if others go through, it is to
@@ -41,9 +56,10 @@ class VirtualPublisher(Publisher):
                 continue
             try:
                 self.open()
+                outcome = self._publish_one(envelope)
             except Exception as exc:
+                self.close()
                 return self._give_up(batch, outcomes, said(exc))
-            outcome = self._publish_one(envelope)
             if isinstance(outcome, Undecided):
                 self.close()
                 if number not in self._suspects:
@@ -85,7 +101,10 @@ class VirtualPublisher(Publisher):
         except away as exc:
             return Undecided(said(exc))
         except Exception as exc:
-            return Refused(said(exc))
+            error = said(exc)
+            if _OF_THE_BROKER.match(error):
+                raise
+            return Stalled(error) if _OF_THE_DESTINATION.match(error) else Refused(error)
         return Confirmed()
 
     @staticmethod
