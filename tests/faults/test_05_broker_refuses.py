@@ -4,7 +4,8 @@ P5: a returned message is not a sent one. P7: what belongs to one message delays
 belongs to the broker (it blocks its connections) is no message's fault.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -150,40 +151,64 @@ def test_a_relay_meets_a_broker_that_is_blocked_already(
     _verify_once(site, tags)
 
 
-def _tell(redis: Redis, command: str) -> None:
+def _snapshot(client: Client) -> str:
+    status: str = client.info("persistence")["rdb_last_bgsave_status"]
+    return status
+
+
+@contextmanager
+def _without_a_disk(redis: Redis) -> Iterator[None]:
+    """A snapshot fails: its file can't be written."""
     with Client.from_url(redis.url) as client:
-        client.execute_command(*command.split())
+        (redis.folder / "dump.rdb").mkdir()
+        client.bgsave()
+        wait_until(lambda: _snapshot(client) == "err", 30, "a failed snapshot")
+        client.config_set("save", "3600 1")
+        yield
+        client.config_set("save", "")
+
+
+@contextmanager
+def _set(redis: Redis, name: str, value: int) -> Iterator[None]:
+    with Client.from_url(redis.url) as client:
+        client.config_set(name, value)
+        yield
+        client.config_set(name, 0)
+
+
+@contextmanager
+def _as_a_replica(redis: Redis) -> Iterator[None]:
+    with Client.from_url(redis.url) as client:
+        client.replicaof("127.0.0.1", 1)
+        yield
+        client.replicaof("NO", "ONE")
 
 
 @pytest.mark.parametrize(
-    ("trouble", "end", "error"),
+    ("trouble", "error"),
     [
-        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0", "used memory > 'maxmemory'"),
-        (
-            "CONFIG SET min-replicas-to-write 1",
-            "CONFIG SET min-replicas-to-write 0",
-            "NOREPLICAS",
-        ),
-        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE", "read only replica"),
+        (lambda redis: _set(redis, "maxmemory", 1), "used memory > 'maxmemory'"),
+        (lambda redis: _set(redis, "min-replicas-to-write", 1), "NOREPLICAS"),
+        (_as_a_replica, "read only replica"),
+        (_without_a_disk, "MISCONF"),
     ],
-    ids=["full", "no replicas", "a replica itself"],
+    ids=["full", "no replicas", "a replica itself", "no disk"],
 )
 def test_redis_takes_nothing(
-    sites: Making, own_redis: Redis, trouble: str, end: str, error: str
+    sites: Making, own_redis: Redis, trouble: Callable[[Redis], Any], error: str
 ) -> None:
     """No message is to blame, and each goes when that is over."""
     site = sites(redis_database(own_redis.url), backend=None, outbox_max_attempts=1)
     relay = site.relay()
     before = _send(site, 1)
     wait_until(lambda: not site.pending(), 30, "an empty outbox")
-    _tell(own_redis, trouble)
-    tags = _send(site, 20)
-    for _ in range(2):
-        seen = len(relay.log)
-        relay.wait_for_log(error, after=seen)
-    counts = site.outbox.store.counts()
-    assert (counts["outgoing"] + counts["in_flight"], counts["dead"]) == (20, 0)
-    _tell(own_redis, end)
+    with trouble(own_redis):
+        tags = _send(site, 20)
+        for _ in range(2):
+            seen = len(relay.log)
+            relay.wait_for_log(error, after=seen)
+        counts = site.outbox.store.counts()
+        assert (counts["outgoing"] + counts["in_flight"], counts["dead"]) == (20, 0)
     wait_until(lambda: not site.pending(), 30, "an empty outbox")
     assert site.left() == 21
     site.worker()
@@ -195,13 +220,16 @@ def test_redis_forbids_a_queue(sites: Making, own_redis: Redis) -> None:
     site = sites(redis_database(own_redis.url), backend=None, outbox_max_attempts=1)
     site.worker("--queues=celery")
     site.relay()
-    _tell(own_redis, "ACL SETUSER default resetkeys ~celery* ~_kombu* ~unacked*")
+    with Client.from_url(own_redis.url) as client:
+        keys = ["celery*", "_kombu*", "unacked*"]
+        client.acl_setuser("default", enabled=True, reset_keys=True, keys=keys)
     tags = _send(site, 5, queue="forbidden")
     good = _send(site, 5)
     for tag in good:
         site.wait_effects(tag, ["done"])
     wait_until(lambda: all(row["last_error"] for row in site.rows()), 30, "an error in each row")
     assert [row["attempts"] for row in site.rows()] == [0] * 5
-    _tell(own_redis, "ACL SETUSER default allkeys")
+    with Client.from_url(own_redis.url) as client:
+        client.acl_setuser("default", enabled=True, keys=["*"])
     site.worker("--queues=forbidden")
     _verify_once(site, tags + good)
