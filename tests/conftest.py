@@ -15,11 +15,19 @@ from pathlib import Path
 import pytest
 
 from tests.support.mariadb import MariaDB
+from tests.support.record import VARIABLE as RECORD
+from tests.support.record import Recorder, used
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
 from tests.support.servicebus import ServiceBus
 from tests.support.servicebus.namespace import VARIABLE, Namespace
 
 _redis_numbers = itertools.count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record what is run on, if the environment names a file for that."""
+    if file := os.environ.pop(RECORD, None):
+        config.pluginmanager.register(Recorder(Path(file).absolute()))
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +72,7 @@ def redis_server() -> Iterator[Redis]:
 def servicebus_server() -> Iterator[ServiceBus]:
     """The shared namespace of Azure Service Bus: don't pause it or end its connections."""
     with ServiceBus() as server:
+        used(server.url)
         yield server
 
 
@@ -110,6 +119,7 @@ def database_url(request: pytest.FixtureRequest) -> str:
 def amqp_url(rabbitmq_server: RabbitMQ) -> Iterator[str]:
     """The URL of an empty RabbitMQ vhost, deleted afterwards with all connections to it."""
     url = rabbitmq_server.create_vhost()
+    used(url)
     yield url
     rabbitmq_server.delete_vhost(url)
 
@@ -119,4 +129,6 @@ def redis_url(redis_server: Redis) -> str:
     """The URL of an empty Redis database; its number comes round again after 64 tests."""
     number = next(_redis_numbers) % redis_server.databases
     redis_server.flush(number)
-    return redis_server.database_url(number)
+    url = redis_server.database_url(number)
+    used(url)
+    return url

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_outbox.storage import schema
 from celery_outbox.storage.store import Store
 from celery_outbox.storage.tables import Tables
+from tests.support.record import used
 from tests.unit.conftest import (
     mariadb_url,
     postgresql_url,
@@ -127,6 +128,7 @@ def database(request: pytest.FixtureRequest) -> Database:
 def engine(request: pytest.FixtureRequest, database: Database) -> Iterator[Engine]:
     """An engine of an empty database."""
     url: str = request.getfixturevalue(database.url_fixture)
+    used(url)
     engine = create_engine(url, connect_args=database.impatient)
     yield engine
     engine.dispose()

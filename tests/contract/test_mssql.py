@@ -33,6 +33,7 @@ from celery_outbox.storage.store import Batch, Claimed, FreshestFirst, Settlemen
 from celery_outbox.storage.tables import Tables
 from tests.contract.test_outgoing import envelope
 from tests.support.fake_mssql import Asked, fake_engine
+from tests.support.record import used
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
 BATCH = Batch("token", NOON, [Claimed(7, 1, "t", "i", "d", NOON, None)])
@@ -59,6 +60,7 @@ def changes() -> int:
 @pytest.fixture
 def server(changes: int) -> Iterator[tuple[Engine, Asked]]:
     engine, asked = fake_engine(changes)
+    used(str(engine.url))
     yield engine, asked
     engine.dispose()
 

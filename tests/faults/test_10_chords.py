@@ -19,6 +19,7 @@ from tests.journeys.flows import FLOWS, Flow, Run
 from tests.journeys.making import Making
 from tests.journeys.memory import Memory
 from tests.journeys.site import Site, new_tag
+from tests.support.record import used
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -120,6 +121,7 @@ def stories(
         found = told(backend)
         if isinstance(found, Exception):
             raise found
+        used(found.site.setup.broker, found.site.setup.database)
         return found
 
     return story

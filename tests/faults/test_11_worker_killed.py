@@ -12,6 +12,7 @@ import pytest
 from tests.journeys.flows import FLOWS
 from tests.journeys.making import Making
 from tests.journeys.matrix import PLACES, Case, Place, Story
+from tests.support.record import used
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -36,6 +37,7 @@ def stories(
         found = told(place)
         if isinstance(found, Exception):
             raise found
+        used(found.site.setup.broker, found.site.setup.database)
         return found
 
     return story

@@ -13,6 +13,7 @@ from tests.journeys import brokers
 from tests.journeys.brokers import Broker
 from tests.journeys.site import Setup, Site, new_tag
 from tests.support.mariadb import MariaDB
+from tests.support.record import used
 from tests.support.servers import PostgreSQL, RabbitMQ, Redis
 from tests.support.servicebus import ServiceBus
 from tests.support.servicebus.namespace import Namespace
@@ -85,6 +86,7 @@ class Making:
             backend = self.redis_url()
         elif backend == "database":
             backend = f"db+{self.database()}"
+        used(broker.url, database)
         setup = Setup(str(folder), broker.url, database, backend, {**broker.settings, **settings})
         site = Site(setup, broker.left)
         self._ending.callback(site.close)

@@ -8,6 +8,7 @@ import pytest
 from azure.servicebus import ServiceBusClient
 
 from tests.journeys.making import Making
+from tests.support.record import used
 from tests.support.servicebus import Emulator, Trust
 
 
@@ -21,6 +22,7 @@ def quiet_sdk() -> None:
 def emulator(tmp_path: Path) -> Iterator[Emulator]:
     """An empty namespace."""
     with Emulator(folder=tmp_path) as emulator:
+        used("azureservicebus://")
         Trust.add(emulator.certificate)
         yield emulator
 

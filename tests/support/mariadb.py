@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.processes import Process, ProcessEnded
-from tests.support.servers import Server, program, unprivileged_user
+from tests.support.servers import Server, program, unprivileged_user, version_of
 
 __all__ = ["MariaDB"]
 
@@ -31,7 +31,7 @@ class MariaDB(Server):
     def __init__(self, *, fsync: bool = False, settings: dict[str, str] | None = None) -> None:
         """Choose durability, and further ``settings`` as options of mariadbd."""
         super().__init__()
-        self._server = program("mariadbd", _PLACES)
+        self._server = self._find()
         self._install = program("mariadb-install-db")
         self._databases = itertools.count(1)
         # Nothing of the machine's own server is shared: no user, file or socket.
@@ -52,6 +52,15 @@ class MariaDB(Server):
             "innodb-flush-method": "fsync" if fsync else "nosync",
             **(settings or {}),
         }
+
+    @staticmethod
+    def _find() -> Path:
+        return program("mariadbd", _PLACES)
+
+    @classmethod
+    def version(cls) -> str:
+        """The version that is installed."""
+        return version_of(cls._find())
 
     @property
     def url(self) -> str:

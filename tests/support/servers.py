@@ -52,6 +52,14 @@ def program(name: str, places: Iterable[Path] = ()) -> Path:
     return Path(found)
 
 
+def version_of(program: Path, option: str = "--version") -> str:
+    """Return the number in what a program says of its version."""
+    said = subprocess.run([program, option], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\d+(\.\d+)+", said)
+    assert found is not None, said
+    return found[0]
+
+
 class Server(ABC):
     """What the servers have in common: one process, one port, one folder.
 
@@ -220,6 +228,11 @@ class PostgreSQL(Server):
         places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=version, reverse=True)
         return program("initdb", places).resolve().parent
 
+    @classmethod
+    def version(cls) -> str:
+        """The version that is installed."""
+        return version_of(cls._find() / "postgres")
+
     @property
     def url(self) -> str:
         """The SQLAlchemy URL of the database ``postgres``."""
@@ -308,6 +321,11 @@ class Redis(Server):
         self.appendonly = appendonly
         self._program = program("redis-server")
 
+    @classmethod
+    def version(cls) -> str:
+        """The version that is installed."""
+        return version_of(program("redis-server"))
+
     @property
     def url(self) -> str:
         """The URL of database 0."""
@@ -356,14 +374,14 @@ class RabbitMQ(Server):
     """
 
     name = "rabbitmq"
+    # Debian's wrapper on PATH changes the user and starts a session: not that one, if possible.
+    _homes = (Path("/usr/lib/rabbitmq/bin"),)
 
     def __init__(self, *, config: dict[str, str] | None = None) -> None:
         """Take further ``config`` as in rabbitmq.conf."""
         super().__init__()
-        # Debian's wrapper on PATH changes the user and starts a session: not that one, if possible.
-        homes = [Path("/usr/lib/rabbitmq/bin")]
-        self._server = program("rabbitmq-server", homes)
-        self._ctl = program("rabbitmqctl", homes)
+        self._server = program("rabbitmq-server", self._homes)
+        self._ctl = program("rabbitmqctl", self._homes)
         self._epmd = program("epmd")
         self._erl_call = program("erl_call", sorted(Path("/usr/lib/erlang").glob("erts-*/bin")))
         self._vhosts = itertools.count(1)
@@ -395,6 +413,11 @@ class RabbitMQ(Server):
             # Makes the script become the Erlang machine, instead of a shell that waits for it.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
+
+    @classmethod
+    def version(cls) -> str:
+        """The version that is installed."""
+        return version_of(program("rabbitmqctl", cls._homes), "version")
 
     @property
     def url(self) -> str:

@@ -1,97 +1,83 @@
-"""The README's table of what the tests are run on: ``python -m tests.support.support_table`` writes it.
+"""The README's table of what the tests were run on, made of a record (`tests.support.record`).
 
-The rows are the parameters of the test suites, the versions those of the machine that writes it.
+``python -m tests.support.support_table write RECORD`` writes it; ``check RECORD`` says what it names
+that the run did not pass, and compares neither versions nor numbers.
 """
 
-import re
-import sqlite3
-import subprocess
-from importlib.metadata import version
+import json
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from tests.contract.conftest import DATABASES
-from tests.faults import test_10_delivered_twice as delivered_twice
-from tests.journeys import matrix, test_flows
-from tests.support.mariadb import MariaDB
-from tests.support.servers import PostgreSQL, RabbitMQ, Redis
+from tests.support.record import LIBRARIES, REAL_OF, SYSTEMS
 
-__all__ = ["rows", "write"]
+__all__ = ["README", "claims", "not_passed", "table", "written"]
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- what the tests are run on: begin -->", "<!-- end -->"
 
-_NAMES = {
-    "postgresql": "PostgreSQL",
-    "mariadb": "MariaDB",
-    "mysql": "MySQL's dialect, on MariaDB",
-    "mssql": "SQL Server",
-    "sqlite": "SQLite",
-    "amqp": "RabbitMQ",
-    "redis": "Redis",
-    "filesystem": "kombu's filesystem",
-    "sqlalchemy": "kombu's SQLAlchemy",
-}
+#: The order of the columns.
+SUITES = ["unit", "contract", "journeys", "faults", "servicebus"]
+
+Record = Mapping[str, Any]
 
 
-def rows() -> dict[str, list[str]]:
-    """Return the suites that each database and each broker is in, by its name."""
-    crashes = {place.database for place in matrix.PLACES}
-    flows = list(test_flows.PLACES.values())
-    twice = list(delivered_twice.PLACES.values())
-    suites = {
-        "storage contract": [database.name for database in DATABASES],
-        "flows": [name for broker, database, _ in flows for name in (broker, database)],
-        "delivered twice": [name for place in twice for name in place],
-        "crash matrix": ["amqp", *crashes],
-    }
-    return {
-        title: found
-        for name, title in _NAMES.items()
-        if (found := [suite for suite, names in suites.items() if name in names])
-    }
+def table(record: Record) -> str:
+    """Return the table in Markdown, and below it what was the same for all."""
+    passed, versions = record["passed"], record["versions"]
+    lines = [_row("Run on", "Version", *SUITES), _row(*["---"] * 2, *["--:"] * len(SUITES))]
+    for system in SYSTEMS:
+        if system in passed:
+            numbers = [str(passed[system].get(suite, "")) for suite in SUITES]
+            lines.append(_row(system, versions.get(system, ""), *numbers))
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ["Python", *LIBRARIES])
+    note = f"The columns are folders of `tests/`, the numbers tests that passed, with {libraries}."
+    return "\n".join([*lines, "", note])
 
 
-def table(versions: dict[str, str]) -> str:
-    """Return the table in Markdown."""
-    lines = ["| Run on | Version | Suites |", "| --- | --- | --- |"]
-    for title, suites in rows().items():
-        lines.append(f"| {title} | {versions.get(title, '')} | {', '.join(suites)} |")
-    return "\n".join(lines)
-
-
-def write() -> None:
-    """Write the table into the README, between its marks."""
-    before, _, rest = README.read_text().partition(BEGIN)
+def written(page: str, record: Record) -> str:
+    """Return the page with the record's table between the marks."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(_versions())}\n{END}{after}")
+    return f"{before}{BEGIN}\n{table(record)}\n{END}{after}"
 
 
-def _versions() -> dict[str, str]:
-    with MariaDB() as mariadb, RabbitMQ() as rabbitmq:
-        ((maria,),) = mariadb.execute("SELECT version()")
-        rabbit = rabbitmq.rabbitmqctl("version").strip()
-    found = {
-        "PostgreSQL": _said_by(PostgreSQL()._bin / "postgres"),
-        "MariaDB": _number(maria),
-        "MySQL's dialect, on MariaDB": _number(maria),
-        "SQLite": sqlite3.sqlite_version,
-        "RabbitMQ": rabbit,
-        "Redis": _said_by(Redis()._program),
+def claims(page: str) -> set[tuple[str, str]]:
+    """Return the systems and suites in which a page's table says that tests have passed."""
+    _, _, rest = page.partition(BEGIN)
+    rows = [line for line in rest.partition(END)[0].splitlines() if line.startswith("|")]
+    header, _, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {
+        (system, suite)
+        for system, _, *numbers in body
+        for suite, number in zip(header[2:], numbers, strict=True)
+        if number
     }
-    kombu = f"kombu {version('kombu')}"
-    return {**found, "kombu's filesystem": kombu, "kombu's SQLAlchemy": kombu}
 
 
-def _said_by(program: Path) -> str:
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-    return _number(done.stdout)
+def not_passed(page: str, record: Record) -> Iterator[str]:
+    """Say what a page claims and a run has shown neither on it nor on what it stands in for."""
+    passed = record["passed"]
+    for system, suite in sorted(claims(page)):
+        names = (system, REAL_OF.get(system))
+        if not any(passed.get(name, {}).get(suite) for name in names):
+            yield f"README.md: no test of tests/{suite} has passed on {system}"
 
 
-def _number(text: str) -> str:
-    found = re.search(r"\d+(\.\d+)+", text)
-    assert found is not None, text
-    return found[0]
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(action: str, path: str) -> None:
+    """Write the README's table from a record, or check it against one."""
+    record = json.loads(Path(path).read_text())
+    page = README.read_text()
+    if action == "write":
+        README.write_text(written(page, record))
+    elif wrong := list(not_passed(page, record)):
+        sys.exit("\n".join([*wrong, "scripts/support-table writes what the last run has shown."]))
 
 
 if __name__ == "__main__":
-    write()
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from sqlalchemy.pool import NullPool
 
 from celery_outbox import Outbox, durable_task
+from tests.support.record import used
 from tests.unit import wire
 
 _numbers = itertools.count(1)
@@ -60,6 +61,7 @@ class Shop:
     def __init__(
         self, url: str, target: Any = None, *, tables: bool = True, **settings: Any
     ) -> None:
+        used(url)
         self.url = url
         self.broker_name = wire.new_name()
         self.app = Celery(f"shop{next(_numbers)}", set_as_current=False)
