@@ -349,7 +349,7 @@ class Dialect:
         }
 
     def receive(self, inbox: Table) -> Executable:
-        """The statement that inserts an inbox row, or inserts nothing and returns nothing.
+        """The statement that inserts an inbox row, or none.
 
         Its parameters are the row's columns, but for the time, and ``lock``. Nothing is inserted
         when the key is there, or when another transaction is about to insert it: `lock` is a number
@@ -361,7 +361,7 @@ class Dialect:
         self, connection: Connection, statement: Executable, values: Mapping[str, Any]
     ) -> bool:
         """Execute what `receive` returned; say whether a row was inserted."""
-        return connection.execute(statement, values).first() is not None
+        return connection.execute(statement, values).rowcount > 0
 
     def forget(self, connection: Connection, outbox: Table, key: str) -> int:
         """Delete the envelopes of a key, in a transaction of the app."""

@@ -189,7 +189,7 @@ class PostgreSQL(Dialect):
             insert(inbox)
             .from_select([*RECEIVED, "handled_at"], row)
             .on_conflict_do_nothing()
-            .returning(columns.key)
+            .execution_options(preserve_rowcount=True)
         )
 
     def is_sound(self, connection: Connection) -> bool:
