@@ -70,7 +70,9 @@ class Project:
         shop = (self._folder / "shop.py").read_text()
         self.write("shop.py", shop.replace("outbox = ", f"app.conf.{setting}\noutbox = "))
 
-    def run(self, *arguments: str, plugins: tuple[str, ...] = ("_celery_outbox_pytest",)) -> str:
+    def run(
+        self, *arguments: str, plugins: tuple[str, ...] = ("celery_outbox.pytest_plugin",)
+    ) -> str:
         """Run its tests; return what pytest says, with the exit code as the last line."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         for plugin in plugins:
@@ -245,7 +247,7 @@ def test_the_plugin_loads_nothing_where_no_test_asks(small: Project) -> None:
         import sys
 
         def test_it():
-            assert not {"celery_outbox", "celery", "sqlalchemy"} & set(sys.modules)
+            assert not {"celery_outbox.testing", "celery", "sqlalchemy"} & set(sys.modules)
         """,
     )
     assert "1 passed" in small.run()
@@ -264,6 +266,6 @@ def test_beside_pytest_celery(small: Project) -> None:
                 place_order(1)
         """,
     )
-    plugins = ("pytest_celery", "celery.contrib.pytest", "_celery_outbox_pytest")
+    plugins = ("pytest_celery", "celery.contrib.pytest", "celery_outbox.pytest_plugin")
     said = small.run(plugins=plugins)
     assert "1 passed" in said, said

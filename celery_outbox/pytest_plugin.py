@@ -1,8 +1,7 @@
 """The pytest plugin of celery_outbox: fixtures, which cost nothing where no test asks for them.
 
-Beside the package and not in it: pytest loads the plugin at every start, and loading a module of the
-package would load all of it, with Celery and SQLAlchemy. What the fixtures do is in
-`celery_outbox.testing`.
+pytest loads it at every start: what the fixtures do is in `celery_outbox.testing`, which they import
+when they are asked for.
 """
 
 from __future__ import annotations
