@@ -24,7 +24,7 @@ from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.runs import Run, Runs
 from celery_outbox.storage.store import Batch, Claimed, Settlement, Store
 from celery_outbox.storage.tables import Tables
-from tests.contract.test_outgoing import envelope
+from celery_outbox.testing.contract.outgoing import envelope
 from tests.support.fake_mssql import Asked, fake_engine
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)

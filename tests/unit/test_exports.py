@@ -124,6 +124,13 @@ def test_the_start_of_pytest_stays_light(tmp_path: Path) -> None:
     assert loaded == {"pytest", "celery_outbox", "celery_outbox.pytest_plugin"}
 
 
+def test_tests_alone_load_pytest() -> None:
+    for_tests = ("celery_outbox.pytest_plugin", "celery_outbox.testing.contract")
+    modules = [name for name in MODULES if not name.startswith(for_tests)]
+    assert "celery_outbox.testing" in modules
+    assert "pytest" not in loaded_by(f"import {', '.join(modules)}")
+
+
 def test_the_entry_points_are_there() -> None:
     found = {
         (point.group, point.value)
