@@ -115,7 +115,7 @@ def test_the_contract_runs_as_its_listing_says(tmp_path: Path, database_url: str
         each for each in listings(DOCS / "testing.md", "python") if _CONTRACT in each.code
     )
     folder.write(listing)
-    assert " passed" in folder.run(listing.place, "-k", "lease or script")
+    assert " passed" in folder.run(listing.place, "-k", "lease_ends or create_then_verify")
 
 
 def test_the_contract_runs_as_its_command_says(tmp_path: Path, database_url: str) -> None:
@@ -125,7 +125,7 @@ def test_the_contract_runs_as_its_command_says(tmp_path: Path, database_url: str
     )
     line = listing.code.strip().replace("postgresql+psycopg://localhost/empty", database_url)
     assert database_url in line
-    command = [sys.executable, "-m", *line.split()[1:], "-k", "lease or script"]
+    command = [sys.executable, "-m", *line.split()[1:], "-k", "lease_ends or create_then_verify"]
     with Process([*command, "-q", "-p", "no:cacheprovider"], cwd=tmp_path) as process:
         assert process.wait(60) == 0, process.log
         assert " passed" in process.log
