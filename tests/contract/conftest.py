@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_outbox.testing.contract import Database
+from celery_outbox.testing.contract.database import Database, database, engine, store
 from tests.unit.conftest import (
     mariadb_url,
     postgresql_url,
@@ -15,10 +15,13 @@ from tests.unit.conftest import (
 
 __all__ = [
     "DATABASES",
+    "database",
+    "engine",
     "mariadb_url",
     "postgresql_url",
     "shared_mariadb_url",
     "shared_postgresql_url",
+    "store",
 ]
 
 #: Servers that are not installed here: where these name one, the contract is run on it.
@@ -38,15 +41,15 @@ def mysql_url(request: pytest.FixtureRequest) -> Iterator[str]:
         url: str = request.getfixturevalue("mariadb_url")
         yield url.replace("mariadb+", "mysql+")
         return
-    with Database.at(os.environ[_MYSQL]).emptied() as database:
-        yield database.url
+    with Database.at(os.environ[_MYSQL]).emptied() as empty:
+        yield empty.url
 
 
 @pytest.fixture
 def mssql_url() -> Iterator[str]:
     """The URL of the SQL Server database that is named."""
-    with Database.at(os.environ[_MSSQL]).emptied() as database:
-        yield database.url
+    with Database.at(os.environ[_MSSQL]).emptied() as empty:
+        yield empty.url
 
 
 @pytest.fixture(params=DATABASES)

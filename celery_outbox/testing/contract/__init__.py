@@ -14,6 +14,7 @@ from celery_outbox.testing.contract.administration import *
 from celery_outbox.testing.contract.database import *
 from celery_outbox.testing.contract.fast_path import *
 from celery_outbox.testing.contract.incoming import *
+from celery_outbox.testing.contract.inserting import *
 from celery_outbox.testing.contract.local_queues import *
 from celery_outbox.testing.contract.ordering import *
 from celery_outbox.testing.contract.outgoing import *
