@@ -1,5 +1,6 @@
 """Figures: a median of several rounds, as one line of a table."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Figure]:
     for number in range(rounds + 1):
         for contender in contenders:
             contender.prepare()
+            gc.collect()  # nobody pays for another's garbage
             start, cpu_start = time.perf_counter(), time.process_time()
             contender.run()
             taken, cpu_taken = time.perf_counter() - start, time.process_time() - cpu_start

@@ -1,7 +1,8 @@
 """Table `send`: what `apply_async` costs the app, beside stock Celery, two peers, the message alone.
 
 Each transaction inserts one row of the app's; its commit is included. Stock Celery publishes inside
-the same transaction, so that the outbox is all that it leaves out.
+the same transaction, so that the outbox is all that it leaves out; but for the outbox's look at what
+other apps of the process send, a few microseconds that stock Celery and building pay here too.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from benchmarks.reference import empty_queue
 from celery_outbox import Outbox, durable_task
 
 QUEUE = "bench"
-SIZES = (1, 10, 100)
+#: Messages in a transaction, and which share of the transactions is enough then.
+SIZES = {1: 1.0, 10: 0.3, 100: 0.07}
 TITLE = "send: a transaction with one row, and apply_async in it; commit included"
 
 ALONE = "the transaction alone"
@@ -97,8 +99,8 @@ def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
 
     report: dict[str, Any] = {"sizes": {}, "charts": []}
     all_figures: dict[int, list[Figure]] = {}
-    for size in SIZES:
-        count = max(transactions // size, 10)
+    for size, share in SIZES.items():
+        count = int(transactions * share)
         contenders = [
             Contender(
                 name,

@@ -35,9 +35,10 @@ from celery_outbox.inbox.task import DurableTask
 from celery_outbox.inbox.transaction import new_application
 from celery_outbox.local.queues import LocalQueues
 from celery_outbox.outbox.bypass import Bypasses
-from celery_outbox.outbox.capture import Capture, Stage
+from celery_outbox.outbox.capture import Capture
 from celery_outbox.outbox.current import Current
 from celery_outbox.outbox.ordering import key_of_call
+from celery_outbox.outbox.producers import Stage
 from celery_outbox.outbox.scope import (
     ConnectionScope,
     NamedSession,

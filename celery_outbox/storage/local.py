@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, bindparam, case, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, case, delete, func, select, update
 
 from celery_outbox.envelope import Envelope
 from celery_outbox.storage.dialects import dialect_for
 from celery_outbox.storage.notifications import Listener, channel_of, may_notify
 from celery_outbox.storage.rows import envelope_of
-from celery_outbox.storage.tables import HIGHEST_PRIORITY, Tables, UTCDateTime
+from celery_outbox.storage.tables import HIGHEST_PRIORITY, Tables
 
 __all__ = ["Delivery", "LocalStore"]
 
@@ -46,16 +46,7 @@ class LocalStore:
         self.tables = tables
         self.dialect = dialect_for(engine.dialect.name)
         self._channel = channel_of(tables.local.fullname)
-        put = insert(tables.local).values(
-            attempts=0,
-            created_at=self.dialect.now(),
-            available_at=func.coalesce(
-                bindparam("not_before", type_=UTCDateTime), self.dialect.now()
-            ),
-        )
-
-        self._put = self.dialect.notifying(put, self._channel) if notifies else put
-        self._put_silently = put
+        self._notifies = notifies
 
     def listen(self) -> Listener | None:
         """Hear of messages that are put from now on; None where the database tells nobody."""
@@ -66,8 +57,8 @@ class LocalStore:
 
         A row is what `celery_outbox.storage.rows.row_of` gives, with ``queue`` and ``priority``.
         """
-        put = self._put if may_notify(connection) else self._put_silently
-        self.dialect.insert(connection, put, rows)
+        channel = self._channel if self._notifies and may_notify(connection) else None
+        self.dialect.insert(connection, self.tables.local, rows, channel)
 
     def take(
         self,

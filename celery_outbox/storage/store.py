@@ -21,7 +21,6 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    literal_column,
     select,
     update,
 )
@@ -36,7 +35,7 @@ from celery_outbox.storage.local import LocalStore
 from celery_outbox.storage.low_water import LowWater
 from celery_outbox.storage.notifications import Listener, channel_of, may_notify
 from celery_outbox.storage.rows import envelope_of
-from celery_outbox.storage.tables import NAME_LENGTH, Tables, UTCDateTime
+from celery_outbox.storage.tables import NAME_LENGTH, Tables
 
 __all__ = ["Batch", "Claimed", "FreshestFirst", "Handled", "Settlement", "Store"]
 
@@ -122,18 +121,9 @@ class Store:
         self.tables = tables
         self.dialect = dialect_for(engine.dialect.name)
         self.local = LocalStore(engine, tables, notifies=notifies)
-        outbox = tables.outbox
-        self._channel = channel_of(outbox.fullname)
+        self._notifies = notifies
+        self._channel = channel_of(tables.outbox.fullname)
         self._low_water = LowWater()
-        stage = insert(outbox).values(
-            attempts=literal_column("0"),
-            created_at=self.dialect.now(),
-            available_at=func.coalesce(
-                bindparam("not_before", type_=UTCDateTime), self.dialect.now()
-            ),
-        )
-        self._stage = self.dialect.notifying(stage, self._channel) if notifies else stage
-        self._stage_silently = stage
         # Built once: a worker runs these two for every task, and building costs as much as asking.
         self._receive = self.dialect.receive(tables.inbox)
         self._record = (
@@ -157,9 +147,9 @@ class Store:
                 self.dialect.lock_keys(connection, self.tables.inbox, sorted(keys))
             if published:
                 taken_care_of = self._is_taken_care_of(connection, published)
-                silently = taken_care_of or not may_notify(connection)
-                stage = self._stage_silently if silently else self._stage
-                self.dialect.insert(connection, stage, published)
+                notifies = self._notifies and not taken_care_of and may_notify(connection)
+                channel = self._channel if notifies else None
+                self.dialect.insert(connection, self.tables.outbox, published, channel)
             if local:
                 self.local.put(connection, local)
         except (OperationalError, ProgrammingError):

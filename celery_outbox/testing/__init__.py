@@ -1,6 +1,7 @@
 """For tests of apps that use an outbox. The pytest plugin makes fixtures of what is here.
 
-Nothing here imports pytest: what fails raises `AssertionError`.
+Nothing here imports pytest, except for `contract`, which is a suite of tests: what fails raises
+`AssertionError`.
 """
 
 from celery_outbox.testing.app import outbox_named

@@ -31,7 +31,7 @@ from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.runs import Run, Runs
 from celery_outbox.storage.store import Batch, Claimed, FreshestFirst, Settlement, Store
 from celery_outbox.storage.tables import Tables
-from tests.contract.test_outgoing import envelope
+from celery_outbox.testing.contract.outgoing import envelope
 from tests.support.fake_mssql import Asked, fake_engine
 from tests.support.record import used
 

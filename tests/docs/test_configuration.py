@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import _celery_outbox_pytest
+from celery_outbox import pytest_plugin
 from celery_outbox.config import PREFIX, Config
 from celery_outbox.outbox.ordering import OPTION
 from celery_outbox.relay.loop import Tally
@@ -30,7 +30,7 @@ _FIELDS = {
         *(field.name for field in fields(Tally)),
     )
 }
-_FIXTURES = {name for name in vars(_celery_outbox_pytest) if name.startswith(PREFIX)}
+_FIXTURES = {name for name in vars(pytest_plugin) if name.startswith(PREFIX)}
 
 
 def test_every_setting_is_described_with_its_default() -> None:

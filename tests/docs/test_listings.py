@@ -20,6 +20,8 @@ from tests.support.processes import Process
 _BROKER = '"amqp://localhost"'
 _DATABASE = '"postgresql+psycopg://localhost/shop"'
 _FILE = re.compile(r"# (\w+\.py)(?:, continued)?\n")
+#: In a listing that is run by itself: it wants a database without tables.
+_CONTRACT = "celery_outbox.testing.contract"
 
 _WITH_PYTHON = [page for page in PAGES if listings(page, "python")]
 
@@ -32,13 +34,20 @@ class Folder:
         self._database_url = database_url
         self._count = 0
 
+    def write(self, listing: Listing) -> str:
+        """Write a listing into the file that it names; return which."""
+        named = _FILE.match(listing.code)
+        assert named, listing.place
+        self._append(named[1], listing.code)
+        return named[1]
+
     def add(self, listing: Listing) -> None:
         """Write a listing: into the file that it names, or into one that is run."""
         code = listing.code
-        if named := _FILE.match(code):
-            self._append(named[1], code)
-            if named[1] not in ("shop.py", "conftest.py"):
-                self._run(named[1])
+        if _FILE.match(code):
+            name = self.write(listing)
+            if name not in ("shop.py", "conftest.py"):
+                self._run(name)
         elif "def test_" in code:
             self._append(f"test_{self._number()}.py", code)
         else:
@@ -46,12 +55,14 @@ class Folder:
             self._append(name, code)
             self._run(name)
 
-    def run(self, place: str) -> None:
-        """Run pytest there; raise with its output unless all pass."""
+    def run(self, place: str, *arguments: str) -> str:
+        """Run pytest there; return its output, and raise with it unless all pass."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
         env = {"PYTHONPATH": f"{self.path}{os.pathsep}{ROOT}"}
-        with Process([*command, "--rootdir=.", "."], cwd=self.path, env=env) as process:
+        command += ["--rootdir=.", *arguments, "."]
+        with Process(command, cwd=self.path, env=env) as process:
             assert process.wait(60) == 0, f"{place}\n{process.log}"
+            return process.log
 
     def _append(self, name: str, code: str) -> None:
         code = code.replace(_BROKER, '"memory://"').replace(_DATABASE, f'"{self._database_url}"')
@@ -92,8 +103,32 @@ def test_the_python_listings_of_a_page_run(page: Path, tmp_path: Path, database_
     if page.name != "testing.md":
         here = [*_listings_for("conftest.py", "testing.md"), *here]
     for listing in here:
-        folder.add(listing)
+        if _CONTRACT not in listing.code:
+            folder.add(listing)
     folder.run(name_of(page))
+
+
+def test_the_contract_runs_as_its_listing_says(tmp_path: Path, database_url: str) -> None:
+    """docs/testing.md, "The contract of a database": a part of it."""
+    folder = Folder(tmp_path, database_url)
+    (listing,) = (
+        each for each in listings(DOCS / "testing.md", "python") if _CONTRACT in each.code
+    )
+    folder.write(listing)
+    assert " passed" in folder.run(listing.place, "-k", "lease_ends or create_then_verify")
+
+
+def test_the_contract_runs_as_its_command_says(tmp_path: Path, database_url: str) -> None:
+    """docs/testing.md, "The contract of a database": a part of it."""
+    (listing,) = (
+        each for each in listings(DOCS / "testing.md", "console") if _CONTRACT in each.code
+    )
+    line = listing.code.strip().replace("postgresql+psycopg://localhost/empty", database_url)
+    assert database_url in line
+    command = [sys.executable, "-m", *line.split()[1:], "-k", "lease_ends or create_then_verify"]
+    with Process([*command, "-q", "-p", "no:cacheprovider"], cwd=tmp_path) as process:
+        assert process.wait(60) == 0, process.log
+        assert " passed" in process.log
 
 
 @pytest.fixture

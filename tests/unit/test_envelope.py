@@ -13,7 +13,7 @@ from celery_outbox.declaration import freeze, thaw
 from celery_outbox.envelope import Envelope, message_key
 from celery_outbox.errors import EnvelopeError
 from celery_outbox.storage.rows import row_of
-from tests.contract.test_outgoing import envelope
+from celery_outbox.testing.contract.outgoing import envelope
 from tests.unit import calls
 
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_outbox.relay.publishers.frames import frames
-from tests.contract.test_outgoing import envelope
+from celery_outbox.testing.contract.outgoing import envelope
 
 FRAME_MAX = 4096
 

@@ -22,7 +22,7 @@ from celery_outbox.relay.outcome import (
 from celery_outbox.relay.publishers.confirms import verdict
 from celery_outbox.relay.settlement import settlement_of
 from celery_outbox.storage.store import Claimed, Settlement
-from tests.contract.test_outgoing import envelope
+from celery_outbox.testing.contract.outgoing import envelope
 
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)
 

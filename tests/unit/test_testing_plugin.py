@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from sqlalchemy import create_engine, inspect, text
 
 from tests.docs.markdown import ROOT
 from tests.support.processes import Process
@@ -70,7 +71,9 @@ class Project:
         shop = (self._folder / "shop.py").read_text()
         self.write("shop.py", shop.replace("outbox = ", f"app.conf.{setting}\noutbox = "))
 
-    def run(self, *arguments: str, plugins: tuple[str, ...] = ("_celery_outbox_pytest",)) -> str:
+    def run(
+        self, *arguments: str, plugins: tuple[str, ...] = ("celery_outbox.pytest_plugin",)
+    ) -> str:
         """Run its tests; return what pytest says, with the exit code as the last line."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         for plugin in plugins:
@@ -245,7 +248,7 @@ def test_the_plugin_loads_nothing_where_no_test_asks(small: Project) -> None:
         import sys
 
         def test_it():
-            assert not {"celery_outbox", "celery", "sqlalchemy"} & set(sys.modules)
+            assert not {"celery_outbox.testing", "celery", "sqlalchemy"} & set(sys.modules)
         """,
     )
     assert "1 passed" in small.run()
@@ -264,6 +267,55 @@ def test_beside_pytest_celery(small: Project) -> None:
                 place_order(1)
         """,
     )
-    plugins = ("pytest_celery", "celery.contrib.pytest", "_celery_outbox_pytest")
+    plugins = ("pytest_celery", "celery.contrib.pytest", "celery_outbox.pytest_plugin")
     said = small.run(plugins=plugins)
     assert "1 passed" in said, said
+
+
+_CONTRACT = ("--pyargs", "celery_outbox.testing.contract", "-k", "stage_alone_commits")
+
+
+def test_the_contract_needs_to_know_its_database(small: Project) -> None:
+    said = small.run(*_CONTRACT)
+    assert "say --outbox-database-url URL, or override" in said
+
+
+def test_the_contract_leaves_a_database_alone_that_has_tables(
+    small: Project, sqlite_url: str
+) -> None:
+    engine = create_engine(sqlite_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE customers (id integer)"))
+    said = small.run(*_CONTRACT, "--outbox-database-url", sqlite_url)
+    assert f"wants an empty database, for it drops all tables; {sqlite_url} has customers" in said
+    assert inspect(engine).get_table_names() == ["customers"]
+    engine.dispose()
+
+
+def test_the_contract_leaves_nothing_behind(project: Project, database_url: str) -> None:
+    said = project.run(*_CONTRACT, "--outbox-database-url", database_url)
+    assert "1 passed" in said, said
+    engine = create_engine(database_url)
+    assert inspect(engine).get_table_names() == []
+    engine.dispose()
+
+
+def test_a_failure_of_the_contract_is_explained(small: Project, sqlite_url: str) -> None:
+    """Its assertions are rewritten, as those of the user's own tests."""
+    small.write(
+        "test_contract.py",
+        """
+        from celery_outbox.testing.contract import *
+        from celery_outbox.testing.contract import outgoing
+
+        class Forgetful:
+            def stage_alone(self, row): ...
+            def claim(self, limit, lease_seconds):
+                return outgoing.Batch("token", None, [])
+
+        def test_forgetful():
+            test_stage_alone_commits(Forgetful())
+        """,
+    )
+    said = small.run("-k", "forgetful")
+    assert "assert [] == ['m']" in said, said

@@ -201,3 +201,16 @@ def test_a_chord_without_a_result_backend_fails_at_the_call(
     with pytest.raises(NotImplementedError), shop.Session.begin():
         chord_of(shop).delay()
     assert shop.stored() == []
+
+
+def test_a_send_needs_no_place_in_the_pool_of_broker_connections(
+    make_shop: MakeShop, sqlite_url: str
+) -> None:
+    """They may all be with threads that wait for a broker that is away."""
+    shop = make_shop(sqlite_url)
+    shop.app.conf.update(broker_url=amqp(), broker_pool_limit=1)
+    with shop.app.producer_pool.acquire(), at_once(), shop.Session.begin() as session:
+        add_customer(session)
+        shop.notify.delay("m")
+        group(shop.notify.si("n"), shop.notify.si("o")).delay()
+    assert shop.stored() == ["m", "n", "o"]

@@ -13,7 +13,7 @@ from celery_outbox.relay.wakeup import WakeUp
 from celery_outbox.storage.notifications import channel_of
 from celery_outbox.storage.store import Store
 from celery_outbox.storage.tables import Tables
-from tests.contract.test_outgoing import claim, stage
+from celery_outbox.testing.contract.outgoing import claim, stage
 from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop
 

@@ -26,6 +26,8 @@ from sqlalchemy import (
     bindparam,
     delete,
     func,
+    insert,
+    literal_column,
     select,
     union_all,
     update,
@@ -33,6 +35,7 @@ from sqlalchemy import (
 
 from celery_outbox.storage.low_water import Mark
 from celery_outbox.storage.notifications import Listener
+from celery_outbox.storage.types import UTCDateTime
 
 __all__ = ["CLAIMED", "RECEIVED", "Dialect", "lock_of"]
 
@@ -61,6 +64,10 @@ class Dialect:
 
     #: SQLAlchemy's name of the database.
     name: str
+
+    def __init__(self) -> None:
+        # Built once: that costs as much as to execute one.
+        self._statements: dict[tuple[Table, str | None], Insert] = {}
 
     def now(self) -> ColumnElement[datetime]:
         """The database's clock. Only it decides about leases: no two machines agree on the time."""
@@ -318,13 +325,31 @@ class Dialect:
         return False
 
     def insert(
-        self, connection: Connection, statement: Insert, rows: Sequence[Mapping[str, Any]]
+        self,
+        connection: Connection,
+        table: Table,
+        rows: Sequence[Mapping[str, Any]],
+        channel: str | None,
     ) -> None:
-        """Run the same insert for all `rows`, which have its parameters."""
+        """Insert messages, as `row_of` gives them; with `channel`, as `notifying` says."""
+        if (statement := self._statements.get((table, channel))) is None:
+            statement = insert(table).values(self.of_the_database())
+            if channel is not None:
+                statement = self.notifying(statement, channel)
+            self._statements[table, channel] = statement
         connection.execute(statement, list(rows))
 
+    def of_the_database(self, suffix: str = "") -> dict[str, ColumnElement[Any]]:
+        """What the sender of a new message doesn't say; has the parameter ``not_before`` + `suffix`."""
+        not_before = bindparam(f"not_before{suffix}", type_=UTCDateTime)
+        return {
+            "attempts": literal_column("0"),
+            "created_at": self.now(),
+            "available_at": func.coalesce(not_before, self.now()),
+        }
+
     def receive(self, inbox: Table) -> Executable:
-        """The statement that inserts an inbox row, or inserts nothing and returns nothing.
+        """The statement that inserts an inbox row, or none.
 
         Its parameters are the row's columns, but for the time, and ``lock``. Nothing is inserted
         when the key is there, or when another transaction is about to insert it: `lock` is a number
@@ -336,7 +361,7 @@ class Dialect:
         self, connection: Connection, statement: Executable, values: Mapping[str, Any]
     ) -> bool:
         """Execute what `receive` returned; say whether a row was inserted."""
-        return connection.execute(statement, values).first() is not None
+        return connection.execute(statement, values).rowcount > 0
 
     def forget(self, connection: Connection, outbox: Table, key: str) -> int:
         """Delete the envelopes of a key, in a transaction of the app."""

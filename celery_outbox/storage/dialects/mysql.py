@@ -88,15 +88,17 @@ class MySQL(Dialect):
         return connection.execute(gone, {_KEYS: json.dumps(list(keys))}).rowcount
 
     def insert(
-        self, connection: Connection, statement: Insert, rows: Sequence[Mapping[str, Any]]
+        self,
+        connection: Connection,
+        table: Table,
+        rows: Sequence[Mapping[str, Any]],
+        channel: str | None,
     ) -> None:
         if len(rows) == 1:
-            super().insert(connection, statement, rows)
+            super().insert(connection, table, rows, channel)
             return
         # The drivers write many rows in one statement if their values are nothing but parameters.
         now = connection.execute(select(self.now())).scalar_one()
-        into: Any = statement
-        table: Any = into.table
         values = [
             {
                 **{name: row[name] for name in row if name in table.c},

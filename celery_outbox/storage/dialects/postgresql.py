@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
-    Compiled,
     Connection,
     Engine,
     Executable,
@@ -32,9 +29,9 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import OperationalError
 
 from celery_outbox.storage.dialects.base import RECEIVED, Dialect, lock_of
+from celery_outbox.storage.dialects.psycopg3 import NotificationListener, RawInsert, raw_cursors
 from celery_outbox.storage.low_water import Mark
 from celery_outbox.storage.notifications import Listener
 from celery_outbox.storage.tables import UTCDateTime
@@ -43,6 +40,10 @@ __all__ = ["PostgreSQL"]
 
 #: libpq's number of a transaction in which no statement has failed.
 _OPEN = 2
+#: How many messages one statement inserts: up to the first, or exactly the second; or one that has a
+#: body of more bytes than the third.
+_FEW, _MANY = 20, 100
+_LARGE = 1_000_000
 
 
 class PostgreSQL(Dialect):
@@ -51,7 +52,8 @@ class PostgreSQL(Dialect):
     name = "postgresql"
 
     def __init__(self) -> None:
-        self._compiled: WeakKeyDictionary[Insert, Compiled] = WeakKeyDictionary()
+        super().__init__()
+        self._inserts: dict[tuple[Table, str | None, int], RawInsert] = {}
 
     def now(self) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.
@@ -90,7 +92,7 @@ class PostgreSQL(Dialect):
         connection.execute(select(func.pg_notify(channel, "")))
 
     def listen(self, engine: Engine, channel: str) -> Listener | None:
-        return None if engine.dialect.driver != "psycopg" else _Listener(engine, channel)
+        return NotificationListener(engine, channel) if engine.dialect.driver == "psycopg" else None
 
     def take(
         self,
@@ -137,20 +139,43 @@ class PostgreSQL(Dialect):
         return connection.execute(taken, parameters).all()
 
     def insert(
-        self, connection: Connection, statement: Insert, rows: Sequence[Mapping[str, Any]]
+        self,
+        connection: Connection,
+        table: Table,
+        rows: Sequence[Mapping[str, Any]],
+        channel: str | None,
     ) -> None:
-        if connection.dialect.driver != "psycopg" or _translates_schemas(connection):
-            super().insert(connection, statement, rows)
-            return
-        # The driver takes our rows as they are: a third of the time goes to SQLAlchemy's own
-        # processing of parameters.
-        if (compiled := self._compiled.get(statement)) is None:
-            # Inline: without the ids, which nobody asks for.
-            compiled = self._compiled[statement] = statement.inline().compile(
-                dialect=connection.dialect, column_keys=list(rows[0])
-            )
-        constants = compiled.params
-        connection.exec_driver_sql(str(compiled), [{**constants, **row} for row in rows])
+        with raw_cursors(connection) as are_raw:
+            if not are_raw or _translates_schemas(connection):
+                super().insert(connection, table, rows, channel)
+                return
+            is_large = any(len(row["body"]) > _LARGE for row in rows)
+            first = 0
+            while first < len(rows):
+                left = 1 if is_large else len(rows) - first
+                # Few sizes, for each is a statement that is kept and prepared.
+                size = _MANY if left >= _MANY else min(left, _FEW)
+                if (insert_rows := self._inserts.get((table, channel, size))) is None:
+                    statement = self._insert_of(table, list(rows[0]), channel, size)
+                    insert_rows = RawInsert(connection, statement, size)
+                    self._inserts[table, channel, size] = insert_rows
+                insert_rows.execute(connection, rows[first : first + size])
+                first += size
+
+    def _insert_of(
+        self, table: Table, names: Sequence[str], channel: str | None, size: int
+    ) -> Insert:
+        given = [table.c[name] for name in names if name in table.c]
+
+        def row(number: int) -> dict[str, ColumnElement[Any]]:
+            values = {
+                each.name: bindparam(f"{each.name}__{number}", type_=each.type) for each in given
+            }
+            return {**values, **self.of_the_database(f"__{number}")}
+
+        values = [row(number) for number in range(size)]
+        statement = insert(table).values(values)
+        return statement if channel is None else self.notifying(statement, channel)
 
     def receive(self, inbox: Table) -> Executable:
         # ON CONFLICT alone would wait for a concurrent first execution to end, and hold a worker's
@@ -164,50 +189,13 @@ class PostgreSQL(Dialect):
             insert(inbox)
             .from_select([*RECEIVED, "handled_at"], row)
             .on_conflict_do_nothing()
-            .returning(columns.key)
+            .execution_options(preserve_rowcount=True)
         )
 
     def is_sound(self, connection: Connection) -> bool:
         # libpq knows from the database's last answer.
         driver: Any = connection.connection.dbapi_connection
         return connection.dialect.driver == "psycopg" and driver.info.transaction_status == _OPEN
-
-
-class _Listener:
-    """A psycopg connection that LISTENs; it is not the pool's any more."""
-
-    def __init__(self, engine: Engine, channel: str) -> None:
-        self._errors: Any = engine.dialect.loaded_dbapi.Error
-        # The pool would count it among those that are in use.
-        fairy = engine.raw_connection()
-        driver: Any = fairy.driver_connection
-        fairy.detach()
-        self._driver = driver
-        with self._as_sqlalchemys():
-            self._driver.autocommit = True
-            self._driver.execute(f"LISTEN {engine.dialect.identifier_preparer.quote(channel)}")
-
-    def fileno(self) -> int:
-        number: int = self._driver.fileno()
-        return number
-
-    def heard(self) -> bool:
-        heard = False
-        with self._as_sqlalchemys():
-            self._driver.pgconn.consume_input()
-            while self._driver.pgconn.notifies() is not None:
-                heard = True
-        return heard
-
-    def close(self) -> None:
-        self._driver.close()
-
-    @contextmanager
-    def _as_sqlalchemys(self) -> Iterator[None]:
-        try:
-            yield
-        except self._errors as exc:
-            raise OperationalError("LISTEN", None, exc) from exc
 
 
 def _translates_schemas(connection: Connection) -> bool:

@@ -68,7 +68,8 @@ class SQLite(Dialect):
         # connection's timeout, which the inbox takes as busy.
         values: dict[str, Any] = {name: bindparam(name) for name in RECEIVED}
         values["handled_at"] = self.now()
-        return insert(inbox).values(values).on_conflict_do_nothing().returning(inbox.c.key)
+        received = insert(inbox).values(values).on_conflict_do_nothing()
+        return received.execution_options(preserve_rowcount=True)
 
     def is_busy(self, error: BaseException) -> bool:
         return "locked" in str(getattr(error, "orig", error))

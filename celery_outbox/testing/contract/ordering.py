@@ -8,8 +8,16 @@ from sqlalchemy import Engine
 
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.store import Batch, Settlement, Store
-from tests.contract.conftest import Database
-from tests.contract.test_outgoing import NOW, claim, envelope, ids, make_due, numbers, stage
+from celery_outbox.testing.contract.database import Database
+from celery_outbox.testing.contract.outgoing import (
+    NOW,
+    claim,
+    envelope,
+    ids,
+    make_due,
+    numbers,
+    stage,
+)
 
 
 def settle(store: Store, batch: Batch, **outcomes: object) -> None:

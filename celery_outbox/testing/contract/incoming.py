@@ -8,8 +8,8 @@ from sqlalchemy.exc import OperationalError
 
 from celery_outbox.errors import TransactionLost
 from celery_outbox.storage.store import Handled, Store
-from tests.contract.conftest import Database
-from tests.contract.test_outgoing import claim, ids, stage
+from celery_outbox.testing.contract.database import Database
+from celery_outbox.testing.contract.outgoing import claim, ids, stage
 
 
 def receive(store: Store, key: str) -> bool:
@@ -92,7 +92,7 @@ def test_a_transaction_that_was_rolled_back_under_its_body_records_nothing(store
     assert handled(store, "k") is None
 
 
-def test_names_that_are_too_long_for_their_columns_are_cut(store: Store) -> None:
+def test_a_delivery_has_names_that_are_too_long_for_their_columns_cut(store: Store) -> None:
     with store.engine.begin() as connection:
         assert store.receive(connection, "k", "t" * 1000, "i" * 1000)
 

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from celery_outbox.storage.relays import ALIVE_SECONDS, Relays, SeenRelay
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.store import Settlement, Store
-from tests.contract.test_outgoing import envelope
+from celery_outbox.testing.contract.outgoing import envelope
 
 VALUES = {"host": "web", "pid": 7, "dead": 0, "lost": 0, "per_second": 1.5}
 

@@ -12,8 +12,8 @@ from celery_outbox.local.message import queued
 from celery_outbox.storage.local import Delivery, LocalStore
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.store import Store
-from tests.contract.conftest import Database
-from tests.contract.test_outgoing import envelope
+from celery_outbox.testing.contract.database import Database
+from celery_outbox.testing.contract.outgoing import envelope
 
 NOW = datetime.now(timezone.utc)
 
@@ -37,15 +37,15 @@ def take(local: LocalStore, limit: int = 100, *queues: str, token: str = "one") 
     return local.take(queues or ["emails"], limit, token=token, lease_seconds=60)
 
 
-def labels(deliveries: list[Delivery]) -> list[str]:
+def labels_of(deliveries: list[Delivery]) -> list[str]:
     return [delivery.envelope.task_id for delivery in deliveries if delivery.envelope]
 
 
-def numbers(deliveries: list[Delivery]) -> list[int]:
+def ids_of(deliveries: list[Delivery]) -> list[int]:
     return [delivery.id for delivery in deliveries]
 
 
-def end_leases(local: LocalStore) -> None:
+def end_local_leases(local: LocalStore) -> None:
     rows = local.tables.local
     with local.engine.begin() as connection:
         connection.execute(update(rows).values(available_at=NOW - timedelta(days=1)))
@@ -66,7 +66,7 @@ def test_a_message_is_there_with_the_callers_commit(local: LocalStore) -> None:
         connection.rollback()
         local.put(connection, [row("kept")])
         connection.commit()
-    assert labels(take(local)) == ["kept"]
+    assert labels_of(take(local)) == ["kept"]
 
 
 def test_what_is_staged_goes_where_it_belongs(store: Store) -> None:
@@ -74,7 +74,7 @@ def test_what_is_staged_goes_where_it_belongs(store: Store) -> None:
     with store.engine.begin() as connection:
         store.stage(connection, [row("local"), row_of(envelope("broker")), row("local 2")])
     assert [found.task_id for found in store.claim(10, 60).rows] == ["broker"]
-    assert labels(take(store.local)) == ["local", "local 2"]
+    assert labels_of(take(store.local)) == ["local", "local 2"]
 
 
 def test_what_was_put_is_taken_unchanged(local: LocalStore) -> None:
@@ -105,10 +105,10 @@ def test_what_a_newer_version_wrote_is_taken_with_the_error(local: LocalStore) -
 def test_no_more_than_the_limit_and_from_the_queues_that_are_named(local: LocalStore) -> None:
     put(local, "a", "b", "c")
     put(local, "x", queue="other")
-    assert labels(take(local, 2)) == ["a", "b"]
-    assert labels(take(local, 2)) == ["c"]
-    assert labels(take(local, 2)) == []
-    assert labels(take(local, 2, "other", "emails")) == ["x"]
+    assert labels_of(take(local, 2)) == ["a", "b"]
+    assert labels_of(take(local, 2)) == ["c"]
+    assert labels_of(take(local, 2)) == []
+    assert labels_of(take(local, 2, "other", "emails")) == ["x"]
 
 
 @pytest.mark.parametrize(("limit", "queues"), [(0, ["emails"]), (5, [])])
@@ -125,15 +125,15 @@ def test_the_most_urgent_ones_first_over_all_queues(local: LocalStore) -> None:
     put(local, "high", priority=9, queue="other")
     put(local, "middle", priority=5)
     put(local, "beyond", priority=200)
-    assert labels(take(local, 3, "emails", "other")) == ["high", "beyond", "middle"]
-    assert labels(take(local, 3, "emails", "other")) == ["low", "none"]
+    assert labels_of(take(local, 3, "emails", "other")) == ["high", "beyond", "middle"]
+    assert labels_of(take(local, 3, "emails", "other")) == ["low", "none"]
 
 
 def test_equally_urgent_queues_have_their_turns(local: LocalStore) -> None:
     """A full queue does not hold up another one."""
     put(local, *(f"a{number}" for number in range(40)), queue="a")
     put(local, *(f"b{number}" for number in range(40)), queue="b")
-    taken = [labels(take(local, 1, "a", "b"))[0][0] for _ in range(40)]
+    taken = [labels_of(take(local, 1, "a", "b"))[0][0] for _ in range(40)]
     assert {"a", "b"} == set(taken)
 
 
@@ -141,7 +141,7 @@ def test_what_is_due_later_stays(local: LocalStore) -> None:
     """P11."""
     put(local, "tomorrow", due_at=NOW + timedelta(days=1))
     put(local, "today", due_at=NOW - timedelta(seconds=1))
-    assert labels(take(local)) == ["today"]
+    assert labels_of(take(local)) == ["today"]
     assert local.counts() == {"emails": {"due": 0, "scheduled": 1, "taken": 1}}
 
 
@@ -152,7 +152,7 @@ def test_two_at_once_take_each_message_once(local: LocalStore) -> None:
     def consume(token: str) -> None:
         for _ in range(200):
             try:
-                taken.extend(labels(take(local, 3, token=token)))
+                taken.extend(labels_of(take(local, 3, token=token)))
             except OperationalError as exc:
                 if not local.dialect.is_busy(exc):
                     raise
@@ -177,7 +177,7 @@ def test_a_row_that_another_transaction_holds_is_passed_over(
         first = other.execute(select(func.min(rows.c.id))).scalar_one()
         other.execute(update(rows).where(rows.c.id == first).values(last_error="x"))
         if database.several_writers:
-            assert labels(take(local)) == ["b"]
+            assert labels_of(take(local)) == ["b"]
         else:
             with pytest.raises(Exception, match="locked") as caught:
                 take(local)
@@ -199,16 +199,16 @@ def test_what_is_handled_is_dropped_with_the_next_take(local: LocalStore) -> Non
     put(local, "a", "b")
     (first,) = take(local, 1)
     second = local.take(["emails"], 1, token="one", lease_seconds=60, handled=[first.id])
-    assert labels(second) == ["b"]
+    assert labels_of(second) == ["b"]
     assert count(local) == 1
-    assert local.take([], 0, token="one", lease_seconds=60, handled=numbers(second)) == []
+    assert local.take([], 0, token="one", lease_seconds=60, handled=ids_of(second)) == []
     assert count(local) == 0
 
 
 def test_what_is_given_back_is_delivered_again(local: LocalStore) -> None:
     put(local, "a")
     first = take(local)
-    assert local.give_back(numbers(first), "one") == 1
+    assert local.give_back(ids_of(first), "one") == 1
     (again,) = take(local, token="two")
     assert again.number == 2
     assert local.give_back([again.id], "two", 60) == 1
@@ -220,31 +220,31 @@ def test_a_lease_that_is_over_is_anybodys(local: LocalStore) -> None:
     put(local, "a")
     first = take(local)
     assert take(local, token="two") == []
-    end_leases(local)
-    assert labels(take(local, token="two")) == ["a"]
+    end_local_leases(local)
+    assert labels_of(take(local, token="two")) == ["a"]
     # The first one wakes up, and changes nothing.
-    assert local.drop(numbers(first), "one") == 0
-    assert local.give_back(numbers(first), "one") == 0
-    assert local.renew(numbers(first), "one", 60) == set()
-    assert local.drop(numbers(first), "two") == 1
+    assert local.drop(ids_of(first), "one") == 0
+    assert local.give_back(ids_of(first), "one") == 0
+    assert local.renew(ids_of(first), "one", 60) == set()
+    assert local.drop(ids_of(first), "two") == 1
 
 
 def test_a_renewed_lease_is_not_over(local: LocalStore) -> None:
     put(local, "a", "b")
-    a, b = numbers(take(local))
-    end_leases(local)
+    a, b = ids_of(take(local))
+    end_local_leases(local)
     assert local.renew([a], "one", 60) == {a}
-    assert numbers(take(local, token="two")) == [b]
+    assert ids_of(take(local, token="two")) == [b]
     assert local.renew([a, b], "one", 60) == {a}
 
 
 def test_an_id_is_not_used_twice(local: LocalStore) -> None:
     """A worker that lost its lease must not delete another message."""
     put(local, "a")
-    first = numbers(take(local))
+    first = ids_of(take(local))
     local.drop(first, "one")
     put(local, "b")
-    assert numbers(take(local)) != first
+    assert ids_of(take(local)) != first
 
 
 # Queues
@@ -275,6 +275,8 @@ def test_counts(local: LocalStore) -> None:
 
 def test_a_take_is_an_index_search_whatever_is_scheduled(local: LocalStore) -> None:
     """P12: the plan of what a take asks, where fifty thousand messages are for later."""
+    if local.dialect.name not in ("postgresql", "mysql", "mariadb", "sqlite"):
+        pytest.skip("how it shows a plan is not known")
     with local.engine.begin() as connection:
         later = row("later", due_at=NOW + timedelta(days=1))
         for _ in range(50):

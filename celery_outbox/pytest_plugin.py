@@ -1,8 +1,7 @@
 """The pytest plugin of celery_outbox: fixtures, which cost nothing where no test asks for them.
 
-Beside the package and not in it: pytest loads the plugin at every start, and loading a module of the
-package would load all of it, with Celery and SQLAlchemy. What the fixtures do is in
-`celery_outbox.testing`.
+pytest loads it at every start: what the fixtures do is in `celery_outbox.testing`, which they import
+when they are asked for.
 """
 
 from __future__ import annotations
@@ -18,12 +17,21 @@ if TYPE_CHECKING:
 
     from celery_outbox import Outbox, Tally
     from celery_outbox.testing import Faults, Run, Staged, Time
+    from celery_outbox.testing.contract import Database
 
+# Before they are imported.
+pytest.register_assert_rewrite("celery_outbox.testing.contract")
+
+_URL = "--outbox-database-url"
 _INI = "celery_outbox_app"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the ini option."""
+    """Add the options."""
+    group = parser.getgroup("celery_outbox")
+    group.addoption(
+        _URL, metavar="URL", help="an empty database for celery_outbox.testing.contract"
+    )
     parser.addini(_INI, "the Outbox that is tested, or its Celery app, like 'shop:outbox'")
 
 
@@ -130,3 +138,23 @@ def outbox_in_memory(
 
     with in_memory(outbox_under_test, outbox_metadata) as outbox:
         yield outbox
+
+
+@pytest.fixture
+def outbox_contract_database(pytestconfig: pytest.Config) -> Iterator[Database]:
+    """The database of `celery_outbox.testing.contract`: override it, or say --outbox-database-url."""
+    url = pytestconfig.getoption(_URL)
+    if not url:
+        pytest.fail(
+            f"the contract needs an empty database: say {_URL} URL, or override the fixture "
+            "outbox_contract_database",
+            pytrace=False,
+        )
+    from celery_outbox.errors import ConfigurationError
+    from celery_outbox.testing.contract import Database
+
+    try:
+        with Database.at(url).emptied() as database:
+            yield database
+    except ConfigurationError as exc:
+        pytest.fail(str(exc), pytrace=False)

@@ -10,7 +10,7 @@ from sqlalchemy import select as select_
 
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.store import FreshestFirst, Settlement, Store
-from tests.contract.test_outgoing import claim, envelope, ids, stage, stored
+from celery_outbox.testing.contract.outgoing import claim, envelope, ids, stage, stored
 
 NOW = datetime.now(timezone.utc)
 
@@ -21,12 +21,12 @@ def freshest(store: Store) -> FreshestFirst:
     return FreshestFirst(store.engine, store.tables)
 
 
-def take(store: FreshestFirst, wanted: int, limit: int = 100) -> list[str]:
+def claim_freshest(store: FreshestFirst, wanted: int, limit: int = 100) -> list[str]:
     store.wanted = wanted
     return ids(store.claim(limit, 60))
 
 
-def age(store: Store, **seconds: float) -> None:
+def let_wait(store: Store, **seconds: float) -> None:
     """Let rows have been available for so long."""
     outbox = store.tables.outbox
     with store.engine.begin() as connection:
@@ -40,19 +40,19 @@ def age(store: Store, **seconds: float) -> None:
 
 def test_the_newest_are_claimed_first(store: Store, freshest: FreshestFirst) -> None:
     stage(store, "a", "b", "c", "d")
-    age(store, a=40, b=10, c=30, d=20)
-    assert take(freshest, 1) == ["b"]
-    assert take(freshest, 2) == ["c", "d"]  # as ever in the order of their ids
-    assert take(freshest, 5) == ["a"]
-    assert take(freshest, 5) == []
+    let_wait(store, a=40, b=10, c=30, d=20)
+    assert claim_freshest(freshest, 1) == ["b"]
+    assert claim_freshest(freshest, 2) == ["c", "d"]  # as ever in the order of their ids
+    assert claim_freshest(freshest, 5) == ["a"]
+    assert claim_freshest(freshest, 5) == []
 
 
 def test_no_more_are_claimed_than_are_wanted_or_fit_into_a_batch(
     store: Store, freshest: FreshestFirst
 ) -> None:
     stage(store, *"abcdef")
-    assert len(take(freshest, 2)) == 2
-    assert len(take(freshest, 10, limit=3)) == 3
+    assert len(claim_freshest(freshest, 2)) == 2
+    assert len(claim_freshest(freshest, 10, limit=3)) == 3
 
 
 def test_a_claim_is_a_lease_as_any_other(store: Store, freshest: FreshestFirst) -> None:
@@ -75,13 +75,13 @@ def test_what_is_leased_delayed_or_not_due_is_left_alone(
     stage(store, "leased")
     claim(store)
     stage(store, "later", due_at=NOW + timedelta(hours=1))
-    assert take(freshest, 10) == []
+    assert claim_freshest(freshest, 10) == []
 
 
 def test_what_has_a_turn_is_left_to_the_relays(store: Store, freshest: FreshestFirst) -> None:
     """P10."""
     stage(store, "first", "second", ordering_key="k")
-    assert take(freshest, 10) == []
+    assert claim_freshest(freshest, 10) == []
     assert ids(claim(store)) == ["first"]
 
 
@@ -150,6 +150,6 @@ def test_it_begins_after_the_others_end_where_the_backlog_is_long(
                 .where(outbox.c.id == row)
                 .values(available_at=NOW - timedelta(seconds=100 - number))
             )
-    old, new = ids(claim(store, limit=20)), take(freshest, 20)
+    old, new = ids(claim(store, limit=20)), claim_freshest(freshest, 20)
     assert old == [f"{number:03}" for number in range(20)]
     assert new == [f"{number:03}" for number in range(40, 60)]

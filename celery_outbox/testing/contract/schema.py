@@ -3,13 +3,12 @@
 import pytest
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, inspect, update
 
-from celery_outbox.errors import ConfigurationError, SchemaError
+from celery_outbox.errors import SchemaError
 from celery_outbox.storage import schema
-from celery_outbox.storage.dialects import DIALECTS, dialect_for
 from celery_outbox.storage.store import Store
 from celery_outbox.storage.tables import Tables
-from tests.contract.conftest import DATABASES, Database
-from tests.contract.test_outgoing import claim, ids, stage
+from celery_outbox.testing.contract.database import Database
+from celery_outbox.testing.contract.outgoing import claim, ids, stage
 
 NAMES = {"outbox", "inbox", "outbox_dead_letter", "outbox_beat", "outbox_relay", "outbox_schema"}
 
@@ -27,16 +26,6 @@ def use(engine: Engine, tables: Tables) -> None:
     stage(store, "m")
     assert ids(claim(store)) == ["m"]
     assert store.counts()["in_flight"] == 1
-
-
-def test_every_dialect_is_under_contract() -> None:
-    # SQL Server's is `test_mssql`, where no server is named.
-    assert {database.name for database in DATABASES} | {"mssql"} == set(DIALECTS)
-
-
-def test_an_unknown_database_is_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"'oracle'.*postgresql, sqlite"):
-        dialect_for("oracle")
 
 
 def test_create_then_verify(engine: Engine) -> None:
@@ -99,11 +88,6 @@ def test_the_script_makes_what_create_makes(
     schema.drop(engine, tables)
     run_script(engine, schema.script(tables, database.name))
     assert description() == created
-
-
-def test_a_script_for_an_unknown_dialect_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"'mysq'.*postgresql, sqlite"):
-        schema.script(Tables(), "mysq")
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -188,12 +172,6 @@ def test_the_apps_own_metadata_makes_the_tables(engine: Engine) -> None:
     schema.verify(engine, tables)
     own.create_all(engine)
     use(engine, tables)
-
-
-def test_an_empty_metadata_is_taken_too() -> None:
-    own = MetaData()
-    Tables(own)
-    assert set(own.tables) >= NAMES
 
 
 def test_create_and_drop_leave_the_apps_own_tables_alone(engine: Engine) -> None:

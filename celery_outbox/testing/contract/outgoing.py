@@ -13,7 +13,7 @@ from celery_outbox.envelope import Envelope
 from celery_outbox.storage import low_water
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.store import Batch, Settlement, Store
-from tests.contract.conftest import Database
+from celery_outbox.testing.contract.database import Database
 
 NOW = datetime.now(timezone.utc)
 

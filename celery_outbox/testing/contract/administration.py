@@ -10,9 +10,9 @@ from sqlalchemy import Engine, create_engine, event, insert, select, update
 
 from celery_outbox.storage.administration import Administration, Selection
 from celery_outbox.storage.store import Batch, Settlement, Store
-from tests.contract.conftest import Database
-from tests.contract.test_incoming import receive, remembered
-from tests.contract.test_outgoing import (
+from celery_outbox.testing.contract.database import Database
+from celery_outbox.testing.contract.incoming import receive, remembered
+from celery_outbox.testing.contract.outgoing import (
     claim,
     dead,
     envelope,
@@ -166,7 +166,6 @@ def test_what_is_listed_is_the_oldest(store: Store, administration: Administrati
         (Selection(older_than_seconds=0), {"mail", "upper", "percent"}),
         (Selection(task="shop.*", destination="celery"), {"mail", "percent"}),
     ],
-    ids=repr,
 )
 def test_a_selection_means_what_it_says(
     store: Store, administration: Administration, selection: Selection, found: set[str]

@@ -15,17 +15,11 @@ from sqlalchemy import Engine, create_engine, event, update
 from celery_outbox.storage.administration import Administration, Selection
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.store import Settlement, Store
-from tests.contract.conftest import Database
-from tests.contract.test_incoming import age, receive
-from tests.contract.test_outgoing import claim, envelope, ids, numbers, stage
+from celery_outbox.testing.contract.database import Database
+from celery_outbox.testing.contract.incoming import age, receive
+from celery_outbox.testing.contract.outgoing import claim, envelope, ids, numbers, stage
 
 KEYS = [chr(ord("a") + number // 10) + str(number % 10) for number in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def several_writers(database: Database) -> None:
-    if not database.several_writers:
-        pytest.skip("one writer at a time")
 
 
 @contextmanager
@@ -49,6 +43,8 @@ def at_the_commit(engine: Engine, action: Callable[[], object]) -> Iterator[None
 @pytest.fixture
 def app(store: Store, database: Database) -> Iterator[Store]:
     """The app's connections: never those of the transaction that is about to commit."""
+    if not database.several_writers:
+        pytest.skip("one writer at a time")
     engine = create_engine(store.engine.url, connect_args=database.impatient)
     yield Store(engine, store.tables)
     engine.dispose()

@@ -1,0 +1,92 @@
+"""psycopg: what is asked of the driver itself, because SQLAlchemy has no way, or a dear one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Insert
+from sqlalchemy.exc import OperationalError
+
+__all__ = ["NotificationListener", "RawInsert", "raw_cursors"]
+
+
+@contextmanager
+def raw_cursors(connection: Connection) -> Iterator[bool]:
+    """Let psycopg take statements with the server's own parameters, ``$1``; False: it can't.
+
+    It need not look for parameters in the text then. SQLAlchemy's part, with its events and errors, is
+    what it always is.
+    """
+    psycopg: Any = connection.dialect.loaded_dbapi
+    driver: Any = connection.connection.dbapi_connection
+    # Not for async connections. A user may have had a reason for another kind of cursor.
+    if getattr(driver, "cursor_factory", None) is not psycopg.Cursor:
+        yield False
+        return
+    driver.cursor_factory = psycopg.RawCursor
+    try:
+        yield True
+    finally:
+        driver.cursor_factory = psycopg.Cursor
+
+
+class RawInsert:
+    """An insert of `size` rows in one statement for `raw_cursors`.
+
+    `statement` has the parameters ``NAME__0``, ``NAME__1`` and so on for what a row has under NAME.
+    """
+
+    def __init__(self, connection: Connection, statement: Insert, size: int) -> None:
+        dialect: Any = type(connection.dialect)
+        compiled: Any = statement.compile(dialect=dialect(paramstyle="numeric_dollar"))
+        names: list[str] = compiled.positiontup
+        of_first = [name.removesuffix("__0") for name in names if name.endswith("__0")]
+        self._text = str(compiled)
+        self._values: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*of_first)
+        # They come last, with what the statement returns.
+        self._constants = [compiled.params[name] for name in names[len(of_first) * size :]]
+
+    def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert `size` rows."""
+        parameters = [value for row in rows for value in self._values(row)]
+        connection.exec_driver_sql(self._text, (*parameters, *self._constants))
+
+
+class NotificationListener:
+    """A psycopg connection that LISTENs; it is not the pool's any more."""
+
+    def __init__(self, engine: Engine, channel: str) -> None:
+        self._errors: Any = engine.dialect.loaded_dbapi.Error
+        # The pool would count it among those that are in use.
+        fairy = engine.raw_connection()
+        driver: Any = fairy.driver_connection
+        fairy.detach()
+        self._driver = driver
+        with self._as_sqlalchemys():
+            self._driver.autocommit = True
+            self._driver.execute(f"LISTEN {engine.dialect.identifier_preparer.quote(channel)}")
+
+    def fileno(self) -> int:
+        number: int = self._driver.fileno()
+        return number
+
+    def heard(self) -> bool:
+        heard = False
+        with self._as_sqlalchemys():
+            self._driver.pgconn.consume_input()
+            while self._driver.pgconn.notifies() is not None:
+                heard = True
+        return heard
+
+    def close(self) -> None:
+        self._driver.close()
+
+    @contextmanager
+    def _as_sqlalchemys(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as exc:
+            raise OperationalError("LISTEN", None, exc) from exc

@@ -1,0 +1,3 @@
+"""The contract that is part of the package, on each database."""
+
+from celery_outbox.testing.contract import *
