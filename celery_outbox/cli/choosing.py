@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -10,12 +10,23 @@ import click
 if TYPE_CHECKING:
     from celery_outbox.storage.administration import Selection
 
-__all__ = ["choice_of", "confirm", "dry_run", "filters", "selection_of", "yes"]
+__all__ = [
+    "choice_of",
+    "confirm",
+    "dry_run",
+    "filters",
+    "id_of",
+    "is_named",
+    "selection_of",
+    "yes",
+]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 #: Longer numbers are no row's.
 _DIGITS = 18
+#: What stands before the id of a row of a local queue, and of a task.
+_LOCAL, _TASK = "local:", "task:"
 
 
 def _name(_ctx: click.Context, _option: click.Parameter, value: str | None) -> str | None:
@@ -79,28 +90,46 @@ def choice_of(names: Sequence[str] = (), **filters: Any) -> dict[str, Any]:
 def selection_of(names: Sequence[str] = (), state: str | None = None, **filters: Any) -> Selection:
     """Return what the words of a command choose.
 
-    A name of digits is a row's id, any other a task's; ``task:17`` is the task whose id is 17.
+    A name of digits is a row's id, ``local:17`` that of a row of a local queue, any other a task's;
+    ``task:17`` is the task whose id is 17.
     """
     from celery_outbox.storage.administration import Selection
 
-    ids: list[int] | None = None
-    task_ids: list[str] | None = None
-    if names:
-        ids, task_ids = [], []
-        for name in names:
-            if name.isascii() and name.isdigit() and len(name) <= _DIGITS:
-                ids.append(int(name))
-            else:
-                task_ids.append(name.removeprefix("task:"))
+    ids: list[int] = []
+    local_ids: list[int] = []
+    task_ids: list[str] = []
+    for name in names:
+        if _is_number(name):
+            ids.append(int(name))
+        elif _is_number(number := name.removeprefix(_LOCAL)):
+            local_ids.append(int(number))
+        else:
+            task_ids.append(name.removeprefix(_TASK))
     return Selection(
-        ids=ids,
-        task_ids=task_ids,
+        ids=ids if names else None,
+        local_ids=local_ids if names else None,
+        task_ids=task_ids if names else None,
         state=state,
         task=filters.get("task"),
         destination=filters.get("destination"),
         error=filters.get("error"),
         older_than_seconds=filters.get("older_than"),
     )
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) <= _DIGITS
+
+
+def id_of(row: Mapping[str, Any]) -> int | str:
+    """Return the id by which commands know a row of the outbox, of a local queue, or a dead letter."""
+    return row["id"] if row.get("queue") is None else f"{_LOCAL}{row['id']}"
+
+
+def is_named(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether one of the rows is what a word of a command names."""
+    named = {str(id_of(row)) for row in rows} | {row["task_id"] for row in rows}
+    return bool({name, name.removeprefix(_TASK)} & named)
 
 
 def confirm(question: str, *, given: bool) -> None:

@@ -10,7 +10,16 @@ import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
 from celery_outbox.cli.audit import audited
-from celery_outbox.cli.choosing import choice_of, confirm, dry_run, filters, selection_of, yes
+from celery_outbox.cli.choosing import (
+    choice_of,
+    confirm,
+    dry_run,
+    filters,
+    id_of,
+    is_named,
+    selection_of,
+    yes,
+)
 from celery_outbox.cli.context import administration_of, errors_as_sentences, outbox_of_app
 from celery_outbox.cli.output import (
     ago,
@@ -22,9 +31,9 @@ from celery_outbox.cli.output import (
     without,
 )
 
-__all__ = ["cancel", "list_messages", "print_messages", "republish", "show"]
+__all__ = ["cancel", "list_messages", "print_messages", "republish", "show", "told"]
 
-_STATES = ("outgoing", "scheduled", "in_flight", "published")
+_STATES = ("outgoing", "scheduled", "in_flight", "published", "due", "taken")
 
 
 @click.command("list", cls=CeleryCommand)
@@ -37,24 +46,24 @@ _STATES = ("outgoing", "scheduled", "in_flight", "published")
 def list_messages(
     ctx: click.Context, state: str | None, limit: int, json_wanted: bool, **chosen: Any
 ) -> None:
-    """List what is in the outbox, the oldest first."""
+    """List what is in the outbox and in local queues, the oldest first."""
     administration = administration_of(outbox_of_app(ctx))
     selection = selection_of(state=state, **chosen)
     with errors_as_sentences():
-        rows = administration.outgoing(selection, limit)
+        rows = administration.messages(selection, limit)
         total = administration.how_many(selection)
     print_messages(rows, total, json_wanted=json_wanted)
 
 
 def print_messages(rows: Sequence[dict[str, Any]], total: int, *, json_wanted: bool) -> None:
-    """Print rows of the outbox."""
+    """Print rows of the outbox and of local queues."""
     if json_wanted:
-        print_json({"messages": [without(row, "message", "now") for row in rows], "total": total})
+        print_json({"messages": [told(row) for row in rows], "total": total})
         return
     heads = ["id", "task", "task id", "destination", "state", "age", "attempts", "why it waits"]
     cells = [
         (
-            row["id"],
+            id_of(row),
             row["task"],
             row["task_id"],
             row["destination"],
@@ -70,8 +79,31 @@ def print_messages(rows: Sequence[dict[str, Any]], total: int, *, json_wanted: b
     click.echo(f"{len(rows)} of {total} message(s)")
 
 
+def told(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as JSON has it."""
+    return {**without(row, "message", "now"), "id": id_of(row)}
+
+
 def why(row: dict[str, Any]) -> str:
-    """Say why a row of the outbox is not with the broker, or not gone."""
+    """Say why a row is not with the broker, not handled, or not gone."""
+    return _why_queued(row) if row.get("queue") is not None else _why_stored(row)
+
+
+def _why_queued(row: dict[str, Any]) -> str:
+    wait = ago(abs((row["available_at"] - row["now"]).total_seconds()))
+    match row["state"]:
+        case "taken":
+            return f"taken by {row['lease_token']}; the lease ends in {wait}"
+        case "scheduled" if row["due_at"] is None or row["due_at"] < row["available_at"]:
+            return f"its worker gave it back; again in {wait}"
+        case "scheduled":
+            return f"due in {wait}"
+    if row["lease_token"] is not None:
+        return f"{row['lease_token']} is lost, its lease has been over for {wait}"
+    return f"has waited for a worker of {row['queue']} for {wait}"
+
+
+def _why_stored(row: dict[str, Any]) -> str:
     now: datetime = row["now"]
     available: datetime = row["available_at"]
     wait = ago(abs((available - now).total_seconds()))
@@ -102,13 +134,13 @@ def why(row: dict[str, Any]) -> str:
 def show(ctx: click.Context, message_id: str, json_wanted: bool) -> None:
     """Show the path of a message, by the id of its row or of its task.
 
-    A task id of digits is written as task:17. One task id may stand for several messages: each
-    retry is one.
+    A row of a local queue is local:17, a task id of digits task:17. One task id may stand for several
+    messages: each retry is one.
     """
     administration = administration_of(outbox_of_app(ctx))
     selection = selection_of([message_id])
     with errors_as_sentences():
-        stored = administration.outgoing(selection)
+        stored = administration.messages(selection)
         dead = administration.dead_letters(selection)
         for row in dead:
             row["state"] = "dead"
@@ -130,7 +162,7 @@ def show(ctx: click.Context, message_id: str, json_wanted: bool) -> None:
 
 
 def _path(row: dict[str, Any]) -> dict[str, Any]:
-    path = without(row, "message", "now")
+    path = told(row)
     path["why"] = f"dead letter: {row['last_error']}" if row["state"] == "dead" else why(row)
     path["lineage"] = _lineage(row)
     return path
@@ -180,12 +212,15 @@ def _told(path: dict[str, Any]) -> str:
     tell("state", path["state"])
     tell("why", path["why"])
     tell("destination", path.get("destination"))
+    tell("local queue", path.get("queue"))
+    tell("priority", path.get("priority"))
     tell("stored", path.get("created_at"))
     tell("due", path.get("due_at"))
     tell("expires", path.get("expires_at"))
     tell("attempts", path.get("attempts"))
-    if path["state"] == "in_flight":
-        tell("claimed", f"lease {path['lease_token']} until {moment(path['available_at'])}")
+    if path["state"] in ("in_flight", "taken"):
+        claimed = "taken" if path["state"] == "taken" else "claimed"
+        tell(claimed, f"lease {path['lease_token']} until {moment(path['available_at'])}")
     tell("published", path.get("published_at"))
     tell("last error", path.get("last_error"))
     tell("dead since", path.get("died_at"))
@@ -206,7 +241,7 @@ def _told(path: dict[str, Any]) -> str:
 def cancel(
     ctx: click.Context, message_ids: tuple[str, ...], dry_run: bool, yes: bool, json_wanted: bool
 ) -> None:
-    """Delete messages that no relay has claimed; by the id of the row or of the task.
+    """Delete messages that no relay or worker has claimed; by the id of the row or of the task.
 
     1 is the exit code if one of them is not there, or can't be cancelled any more.
     """
@@ -223,31 +258,30 @@ def cancel_in(
     json_wanted: bool,
 ) -> None:
     """Cancel messages by their ids; with `state`, only those in it."""
-    from celery_outbox.storage.administration import Selection
-
     administration = administration_of(outbox_of_app(ctx))
     with errors_as_sentences():
-        found = administration.outgoing(selection_of(names))
-    may = ("outgoing", "scheduled") if state is None else (state,)
+        found = administration.messages(selection_of(names))
+    may = ("outgoing", "scheduled", "due") if state is None else (state,)
     free = [row for row in found if row["state"] in may]
-    refused = {str(row["id"]): why(row) for row in found if row["state"] not in may}
-    known = {str(row["id"]) for row in found} | {row["task_id"] for row in found}
-    unknown = [name for name in names if name.removeprefix("task:") not in known]
+    refused = {str(id_of(row)): why(row) for row in found if row["state"] not in may}
+    unknown = [name for name in names if not is_named(name, found)]
     rows = 0
     if free and not dry_run:
         for row in free:
-            tried = " (tried before: the broker may have it)" if row["attempts"] else ""
+            tried = " (tried before: the broker may have it)"
+            if not row["attempts"] or row.get("queue") is not None:
+                tried = ""
             click.echo(
-                f"{row['id']} {printable(row['task'])} [{printable(row['task_id'])}]{tried}",
+                f"{id_of(row)} {printable(row['task'])} [{printable(row['task_id'])}]{tried}",
                 err=True,
             )
         confirm(f"Cancel {len(free)} message(s)?", given=given)
         with errors_as_sentences():
-            ids = [row["id"] for row in free]
-            changes = administration.cancel(Selection(ids=ids), states=may)
+            chosen = selection_of([str(id_of(row)) for row in free])
+            changes = administration.cancel(chosen, states=may)
             rows = audited(ctx, changes, {"ids": list(names)})
-            left = administration.outgoing(Selection(ids=ids))
-        refused |= {str(row["id"]): why(row) for row in left}
+            left = administration.messages(chosen)
+        refused |= {str(id_of(row)): why(row) for row in left}
     elif dry_run:
         rows = len(free)
     if json_wanted:
@@ -257,7 +291,7 @@ def cancel_in(
         for number, reason in refused.items():
             click.echo(f"not {number}: {printable(reason)}", err=True)
         for name in unknown:
-            click.echo(f"not {printable(name)}: it is not in the outbox", err=True)
+            click.echo(f"not {printable(name)}: it is not here", err=True)
     if refused or unknown or rows < len(free):
         ctx.exit(1)
 

@@ -47,7 +47,7 @@ def list_scheduled(ctx: click.Context, limit: int, json_wanted: bool, **chosen: 
     administration = administration_of(outbox_of_app(ctx))
     selection = selection_of(state="scheduled", **chosen)
     with errors_as_sentences():
-        rows = administration.outgoing(selection, limit)
+        rows = administration.messages(selection, limit)
         total = administration.how_many(selection)
     print_messages(rows, total, json_wanted=json_wanted)
 

@@ -10,7 +10,7 @@ import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
 from celery_outbox.cli.context import administration_of, errors_as_sentences, outbox_of_app
-from celery_outbox.cli.output import ago, as_json, print_json, table
+from celery_outbox.cli.output import ago, as_json, print_json, printable, table
 
 if TYPE_CHECKING:
     from celery_outbox.plugin import Outbox
@@ -25,6 +25,8 @@ _HEADS = {
     "in_flight": "in flight",
     "scheduled": "scheduled",
     "published": "published (kept)",
+    "due": "due in local queues",
+    "taken": "taken from local queues",
     "dead": "dead letters",
     "incoming": "remembered by the inbox",
     "relays_alive": "relays alive",
@@ -44,7 +46,8 @@ _HEADS = {
     "--max-lag",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="Exit with 1 if the oldest message that is due has waited longer: no progress.",
+    help="Exit with 1 if the oldest message that is due, for a relay or in a local queue, has waited "
+    "longer: no progress.",
 )
 @click.option(
     "--min-relays",
@@ -62,7 +65,7 @@ def status(
     min_relays: int | None,
     json_wanted: bool,
 ) -> None:
-    """Show backlog, lag, rates, relays and the last errors, as the database knows them.
+    """Show backlog, lag, rates, local queues, relays and the last errors, as the database has them.
 
     The lag is for how long the oldest message that is due has waited for a relay.
     """
@@ -83,10 +86,15 @@ def status(
     wrong = []
     if max_lag is not None and read["lag_seconds"] > max_lag:
         wrong.append(f"the lag is more than {max_lag:g} s")
+    for queue, each in read["local_queues"].items():
+        if max_lag is not None and each["lag_seconds"] > max_lag:
+            wrong.append(
+                f"the lag of the local queue {printable(queue)} is more than {max_lag:g} s"
+            )
     if min_relays is not None and read["relays_alive"] < min_relays:
         wrong.append(f"{read['relays_alive']} relay(s) are alive, and not {min_relays}")
-    for each in wrong:
-        click.echo(each, err=True)
+    for sentence in wrong:
+        click.echo(sentence, err=True)
     ctx.exit(int(bool(wrong)))
 
 
@@ -98,6 +106,9 @@ def _read(found: Outbox, administration: Administration) -> dict[str, Any]:
     return {
         **figures.messages,
         "lag_seconds": figures.lag_seconds,
+        "local_queues": {
+            queue: dataclasses.asdict(each) for queue, each in figures.local_queues.items()
+        },
         "relays_alive": figures.relays,
         "published_per_second": round(figures.published_per_second, 3),
         "handled_per_second": round(figures.handled_per_second, 3),
@@ -113,6 +124,14 @@ def _relay(seen: SeenRelay) -> dict[str, Any]:
 def _print(read: dict[str, Any]) -> None:
     rows = [(head, _cell(name, read[name])) for name, head in _HEADS.items()]
     click.echo(table(["what", "now"], rows))
+    if read["local_queues"]:
+        click.echo("\nlocal queues")
+        heads = ["queue", "due", "lag", "scheduled", "taken"]
+        cells = [
+            (queue, each["due"], ago(each["lag_seconds"]), each["scheduled"], each["taken"])
+            for queue, each in read["local_queues"].items()
+        ]
+        click.echo(table(heads, cells))
     if read["relays"]:
         click.echo("\nrelays")
         heads = ["relay", "seen", "confirmed", "per second", "last error"]

@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 
 __all__ = ["storage"]
 
-#: As `Store.counts` names the states, and what they are called here.
+#: As `Administration.counts` names the states, and what they are called here.
 _COUNTS = {
     "incoming": "persisted incoming",
     "outgoing": "outgoing",
     "scheduled": "scheduled",
     "in_flight": "in flight",
     "published": "published (kept)",
+    "due": "due (local queues)",
+    "taken": "taken (local queues)",
     "dead": "dead letters",
 }
-_CLEARED = ("incoming", "outgoing", "scheduled", "published", "dead")
+_CLEARED = ("incoming", "outgoing", "scheduled", "published", "due", "dead")
+_CLAIMED = {"in_flight": "relay", "taken": "worker"}
 
 
 @click.group()
@@ -57,7 +60,7 @@ def counts(ctx: click.Context, by: str | None, json_wanted: bool) -> None:
             click.echo(table([by, *(_COUNTS[state] for state in states)], rows))
         return
     with errors_as_sentences():
-        counted = found.store.counts()
+        counted = administration.counts()
     if json_wanted:
         print_json(counted)
     else:
@@ -142,13 +145,13 @@ def clear(
 ) -> None:
     """Delete everything that is in the states WHAT.
 
-    What a relay has claimed stays. Without its "incoming" rows a duplicate is executed again.
+    What a relay or worker has claimed stays. Without its "incoming" rows a duplicate is executed again.
     """
     found = outbox_of_app(ctx)
     administration = administration_of(found)
     states = list(dict.fromkeys(what))
     with errors_as_sentences():
-        counted = found.store.counts()
+        counted = administration.counts()
     there = ", ".join(f"{counted[state]} {_COUNTS[state]}" for state in states)
     if not dry_run:
         confirm(f"Delete {there}?", given=yes)
@@ -160,12 +163,14 @@ def clear(
         with errors_as_sentences():
             deleted[state] = audited(ctx, administration.clear(state), {"what": state})
     if json_wanted:
-        print_json({"dry_run": dry_run, "deleted": deleted, "in_flight": counted["in_flight"]})
+        left = {state: counted[state] for state in _CLAIMED}
+        print_json({"dry_run": dry_run, "deleted": deleted, **left})
         return
     said = ", ".join(f"{deleted[state]} {_COUNTS[state]}" for state in states)
     click.echo(f"{'would delete' if dry_run else 'deleted'}: {said}")
-    if counted["in_flight"] and set(states) - {"incoming", "dead"}:
-        click.echo(f"left alone: {counted['in_flight']} in flight, which are a relay's")
+    for state, whose in _CLAIMED.items():
+        if counted[state] and set(states) - {"incoming", "dead"}:
+            click.echo(f"left alone: {counted[state]} {_COUNTS[state]}, which are a {whose}'s")
 
 
 @storage.command(cls=CeleryCommand)
@@ -174,7 +179,7 @@ def clear(
     "--older-than",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="Those claimed so long ago, though their lease may not be over.",
+    help="Those claimed (by a worker: renewed) so long ago, though their lease may not be over.",
 )
 @dry_run
 @yes
@@ -189,16 +194,22 @@ def release(
     yes: bool,
     json_wanted: bool,
 ) -> None:
-    """Give back what dead relays have claimed: without options, where the lease is over.
+    """Give back what dead relays and workers have claimed: without options, where the lease is over.
 
-    Relays take such messages by themselves; with --token or --older-than they need not wait for the
-    end of the lease. Is that relay alive after all, they are published twice.
+    Others take such messages by themselves; with --token or --older-than they need not wait for the
+    end of the lease. Is that relay or worker alive after all, they are published or executed twice.
     """
     if token is not None and older_than is not None:
         raise click.UsageError("--token or --older-than, not both")
     found = outbox_of_app(ctx)
     administration = administration_of(found)
-    within = None if older_than is None else found.config.lease_seconds - older_than
+    lasts = {
+        "relay": found.config.lease_seconds,
+        "worker": found.config.local_lease_seconds,
+    }
+    within = dict.fromkeys(lasts, 0.0)
+    if older_than is not None:
+        within = {holder: seconds - older_than for holder, seconds in lasts.items()}
     with errors_as_sentences():
         now = administration.now()
         leases = [
@@ -207,7 +218,7 @@ def release(
             if (
                 lease["token"] == token
                 if token is not None
-                else (lease["ends_at"] - now).total_seconds() <= (within or 0.0)
+                else (lease["ends_at"] - now).total_seconds() <= within[lease["holder"]]
             )
         ]
     messages = sum(lease["messages"] for lease in leases)
@@ -218,10 +229,10 @@ def release(
         else:
             click.echo(f"would release {messages} message(s) of {len(leases)} lease(s)")
             if leases:
-                heads = ["token", "messages", "ends at", "over"]
+                heads = ["token", "of a", "messages", "ends at", "over"]
+                names = ("token", "holder", "messages", "ends_at")
                 cells = [
-                    (each["token"], each["messages"], each["ends_at"], _yes_no(each["is_over"]))
-                    for each in leases
+                    (*(each[name] for name in names), _yes_no(each["is_over"])) for each in leases
                 ]
                 click.echo(table(heads, cells))
         return
@@ -230,7 +241,11 @@ def release(
         confirm(f"Release {count} message(s) whose lease is not over?", given=yes)
     with errors_as_sentences():
         chosen = choice_of(token=token, older_than=older_than)
-        changes = administration.release(token=token, ends_within_seconds=within)
+        changes = administration.release(
+            token=token,
+            ends_within_seconds=within["relay"],
+            workers_end_within_seconds=within["worker"],
+        )
         rows = audited(ctx, changes, chosen)
     if json_wanted:
         print_json({"dry_run": False, "rows": rows})

@@ -72,15 +72,21 @@ def _round_trip(outbox: Outbox) -> float:
 
 
 def check_leases(outbox: Outbox) -> Iterator[Finding]:
-    """No relay has left a batch behind."""
+    """No relay has left a batch behind, and no worker what it took from a local queue."""
     leases = Administration(outbox.engine, outbox.tables).leases()
-    over = [lease for lease in leases if lease["is_over"]]
-    if over:
-        count = sum(lease["messages"] for lease in over)
+    over = {"relay": 0, "worker": 0}
+    for lease in leases:
+        over[lease["holder"]] += lease["messages"] if lease["is_over"] else 0
+    if count := over["relay"]:
         yield warning(
             f"the lease of {count} message(s) is over: a relay was killed, or is slower than its lease",
             "The next relay takes them. If none does, none is running; if it happens again and again, "
             "make outbox_lease_seconds longer or outbox_batch_size smaller.",
         )
-    else:
+    if count := over["worker"]:
+        yield warning(
+            f"the lease of {count} message(s) of local queues is over: a worker was killed",
+            "The next worker of the queue takes them. If none does, none is running.",
+        )
+    if not any(over.values()):
         yield fine(f"{len(leases)} lease(s), none of them over")

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
+from celery_outbox.storage.administration import Administration
 from celery_outbox.storage.relays import Relays
 
 if TYPE_CHECKING:
     from celery_outbox.storage.store import Store
 
-__all__ = ["Figures", "read_figures"]
+__all__ = ["Figures", "QueueFigures", "read_figures"]
 
 _LATELY_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFigures:
+    """How many messages of a local queue are in each state, and how long the oldest has waited."""
+
+    due: int
+    scheduled: int
+    taken: int
+    #: For how long the longest waiting message could have been taken by a worker.
+    lag_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
     """How much there is, and how long the oldest has waited."""
 
-    #: Messages by state, as `Store.counts` names them.
+    #: Messages by state, as `Administration.counts` names them.
     messages: Mapping[str, int]
     #: For how long the longest waiting message could have been taken by a relay, by the database's
     #: clock. It grows when no relay runs, or none keeps pace; 0: nobody waits.
     lag_seconds: float
+    #: The local queues that have messages.
+    local_queues: Mapping[str, QueueFigures] = field(default_factory=dict)
     #: Relays that have given a sign of life lately. 0 says nothing of beat's first ten seconds.
     relays: int = 0
     #: Messages that these relays have published lately, per second.
@@ -36,8 +50,7 @@ class Figures:
 
 
 def read_figures(store: Store) -> Figures:
-    """Read them, in transactions of its own. The counts read the whole outbox table, the rest
-    indexes.
+    """Read them, in transactions of its own. The counts read whole tables, the rest indexes.
 
     Raises SQLAlchemy's errors when the database is away.
     """
@@ -48,12 +61,21 @@ def read_figures(store: Store) -> Figures:
     lag = 0.0 if row is None else (row.now - row.available_at).total_seconds()
     alive = [relay for relay in Relays(store.engine, store.tables).all() if relay.is_alive]
     return Figures(
-        store.counts(),
+        Administration(store.engine, store.tables).counts(),
         lag,
+        local_queues=_local_queues(store),
         relays=len(alive),
         published_per_second=sum(relay.per_second for relay in alive),
         handled_per_second=_handled_per_second(store),
     )
+
+
+def _local_queues(store: Store) -> dict[str, QueueFigures]:
+    lags = store.local.lags()
+    return {
+        queue: QueueFigures(**counts, lag_seconds=lags.get(queue, 0.0))
+        for queue, counts in sorted(store.local.counts().items())
+    }
 
 
 def _handled_per_second(store: Store) -> float:

@@ -3,14 +3,16 @@
 What changes rows goes in chunks, each a short transaction, and yields how many rows each has changed:
 what was yielded is committed, whatever becomes of the rest. Rows under a live lease are a relay's:
 only `Administration.release` touches them. The condition that chooses a row is in the statement that
-changes it, so that a relay that comes in between wins.
+changes it, so that a relay that comes in between wins. What is said of relays holds of the workers that
+take messages of local queues: to operators those are messages like others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -34,40 +36,22 @@ from sqlalchemy import (
 from celery_outbox.envelope import Envelope
 from celery_outbox.errors import EnvelopeError
 from celery_outbox.storage.dialects import dialect_for
+from celery_outbox.storage.selection import (
+    EVERYTHING,
+    LOCAL_STATES,
+    STATES,
+    Conditions,
+    Selection,
+)
 from celery_outbox.storage.store import Store
 from celery_outbox.storage.tables import Tables
 
-__all__ = ["EVERYTHING", "STATES", "Administration", "Selection"]
+__all__ = ["EVERYTHING", "LOCAL_STATES", "STATES", "Administration", "Selection"]
 
 CHUNK = 1000
 
-#: The states of a row of the outbox, as `Store.counts` names them.
-STATES = ("outgoing", "scheduled", "in_flight", "published")
-
 Row = dict[str, Any]
 Change = Callable[[Connection, Sequence[Any]], int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which messages: those for which all holds that is given. All of it reaches SQL as parameters.
-
-    `task` and `destination` are names, or begin one and end with ``*``.
-    """
-
-    #: By row id or by task id; with both, what has one of either.
-    ids: Sequence[int] | None = None
-    task_ids: Sequence[str] | None = None
-    state: str | None = None
-    task: str | None = None
-    destination: str | None = None
-    #: Part of the last error, whatever its case.
-    error: str | None = None
-    #: Stored (a dead letter: buried) at least so many seconds ago.
-    older_than_seconds: float | None = None
-
-
-EVERYTHING = Selection()
 
 
 class Administration:
@@ -77,44 +61,17 @@ class Administration:
         self.engine = engine
         self.tables = tables
         self.dialect = dialect_for(engine.dialect.name)
+        self._conditions = Conditions(tables, self.dialect)
 
-    # Conditions
+    def _holding(self, *states: str) -> list[Table]:
+        """The tables whose messages can be in these states; without states, the two with messages."""
+        tables = (self.tables.outbox, self.tables.local)
+        if not states:
+            return list(tables)
+        return [each for each in tables if set(self._conditions.states(each)) & set(states)]
 
-    def _leased(self) -> ColumnElement[bool]:
-        outbox = self.tables.outbox.c
-        return and_(outbox.lease_token.is_not(None), outbox.available_at > self.dialect.now())
-
-    def _state(self) -> ColumnElement[str]:
-        """The state of a row of the outbox."""
-        outbox = self.tables.outbox.c
-        return case(
-            (self._leased(), literal("in_flight")),
-            (outbox.published_at.is_not(None), literal("published")),
-            (outbox.due_at > self.dialect.now(), literal("scheduled")),
-            else_=literal("outgoing"),
-        )
-
-    def _in(self, *states: str) -> ColumnElement[bool]:
-        return self._state().in_(states)
-
-    def _selected(self, table: Table, selection: Selection) -> ColumnElement[bool]:
-        columns = table.c
-        conditions: list[ColumnElement[bool]] = [true()]
-        if selection.ids is not None or selection.task_ids is not None:
-            by_id = columns.id.in_(selection.ids or ())
-            conditions.append(or_(by_id, columns.task_id.in_(selection.task_ids or ())))
-        if selection.state is not None:
-            conditions.append(self._in(selection.state))
-        if selection.task is not None:
-            conditions.append(_named(columns.task, selection.task))
-        if selection.destination is not None:
-            conditions.append(_named(columns.destination, selection.destination))
-        if selection.error is not None:
-            conditions.append(columns.last_error.icontains(selection.error, autoescape=True))
-        if selection.older_than_seconds is not None:
-            since = columns.died_at if "died_at" in columns else columns.created_at
-            conditions.append(since <= self.dialect.after(-selection.older_than_seconds))
-        return and_(*conditions)
+    def _meant(self, selection: Selection) -> list[Table]:
+        return self._holding(*([] if selection.state is None else [selection.state]))
 
     # Reading
 
@@ -123,20 +80,23 @@ class Administration:
         with self.engine.connect() as connection:
             return connection.execute(select(self.dialect.now())).scalar_one()
 
+    def counts(self) -> dict[str, int]:
+        """Return how many messages are in each state, of relays and of local queues."""
+        found = dict.fromkeys((*STATES, *LOCAL_STATES, "dead", "incoming"), 0)
+        for _, state, count in self._counted(literal("")):
+            found[state] = found.get(state, 0) + count
+        found["dead"] = self._count(self.tables.dead_letter, true())
+        found["incoming"] = self._count(self.tables.inbox, true())
+        return found
+
     def counts_by(self, column: str) -> dict[str, dict[str, int]]:
         """Return how many messages are in each state, by ``task`` or ``destination``."""
-        outbox, dead, inbox = self.tables.outbox, self.tables.dead_letter, self.tables.inbox
+        dead, inbox = self.tables.dead_letter, self.tables.inbox
         found: dict[str, dict[str, int]] = {}
-        state = self._state().label("state")
+        for name, state, count in self._counted(column):
+            states = found.setdefault(name, {})
+            states[state] = states.get(state, 0) + count
         with self.engine.connect() as connection:
-            stored = select(outbox.c[column].label("name"), state).subquery()
-            rows = connection.execute(
-                select(stored.c.name, stored.c.state, func.count()).group_by(
-                    stored.c.name, stored.c.state
-                )
-            )
-            for name, where, count in rows:
-                found.setdefault(name, {})[where] = count
             for table, where in ((dead, "dead"), (inbox, "incoming")):
                 if column not in table.c:
                     continue
@@ -145,15 +105,31 @@ class Administration:
                     found.setdefault(name, {})[where] = count
         return dict(sorted(found.items()))
 
-    def outgoing(self, selection: Selection = EVERYTHING, limit: int | None = None) -> list[Row]:
-        """Return rows of the outbox, the oldest first, with their ``state`` and the time ``now``."""
-        return self._rows(
-            self.tables.outbox,
-            selection,
-            limit,
-            self._state().label("state"),
-            self.dialect.now().label("now"),
-        )
+    def _counted(self, by: str | ColumnElement[str]) -> Iterator[tuple[str, str, int]]:
+        """How many messages of each table have the same value and state."""
+        for table in self._holding():
+            name = table.c[by] if isinstance(by, str) else by
+            state = self._conditions.state(table).label("state")
+            stored = select(name.label("name"), state).subquery().c
+            counted = select(stored.name, stored.state, func.count())
+            with self.engine.connect() as connection:
+                rows = connection.execute(counted.group_by(stored.name, stored.state)).all()
+            yield from ((row[0], row[1], row[2]) for row in rows)
+
+    def messages(self, selection: Selection = EVERYTHING, limit: int | None = None) -> list[Row]:
+        """Return messages, the oldest first, with their ``state`` and the time ``now``.
+
+        Those with a ``queue`` are of that local queue, the others of the outbox.
+        """
+        now = self.dialect.now().label("now")
+        found = [
+            row
+            for table in self._meant(selection)
+            for row in self._rows(
+                table, selection, limit, self._conditions.state(table).label("state"), now
+            )
+        ]
+        return sorted(found, key=lambda row: row["created_at"])[:limit]
 
     def dead_letters(
         self, selection: Selection = EVERYTHING, limit: int | None = None
@@ -171,7 +147,7 @@ class Administration:
     ) -> list[Row]:
         # The body is the user's own, and may be large.
         columns = [column for column in table.c if column.name != "body"]
-        found = select(*columns, *more).where(self._selected(table, selection))
+        found = select(*columns, *more).where(self._conditions.selected(table, selection))
         if limit is not None:
             found = found.limit(limit)
         with self.engine.connect() as connection:
@@ -179,9 +155,11 @@ class Administration:
             return [dict(row._mapping) for row in rows]
 
     def how_many(self, selection: Selection = EVERYTHING, *, dead: bool = False) -> int:
-        """Return how many messages there are, in the outbox or among the dead letters."""
-        table = self.tables.dead_letter if dead else self.tables.outbox
-        return self._count(table, self._selected(table, selection))
+        """Return how many messages there are, or how many dead letters."""
+        tables = [self.tables.dead_letter] if dead else self._meant(selection)
+        return sum(
+            self._count(table, self._conditions.selected(table, selection)) for table in tables
+        )
 
     def how_many_to_republish(self, selection: Selection = EVERYTHING) -> int:
         """Return how many messages `republish` would change."""
@@ -189,7 +167,10 @@ class Administration:
 
     def how_many_to_reschedule(self, selection: Selection, due_at: datetime) -> int:
         """Return how many messages `reschedule` would change, if all can be read."""
-        return self._count(self.tables.outbox, self._to_reschedule(selection, due_at))
+        return sum(
+            self._count(table, self._to_reschedule(table, selection, due_at))
+            for table in self._holding("scheduled")
+        )
 
     def _count(self, table: Table, condition: ColumnElement[bool]) -> int:
         counted = select(func.count()).select_from(table).where(condition)
@@ -206,18 +187,24 @@ class Administration:
             return [dict(row._mapping) for row in rows]
 
     def leases(self) -> list[Row]:
-        """Return the leases, live and over: ``token``, ``messages``, ``ends_at`` and ``is_over``."""
-        outbox = self.tables.outbox.c
-        ends_at = func.max(outbox.available_at)
+        """Return leases, live and over: ``token``, ``holder``, ``messages``, ``ends_at``, ``is_over``.
+
+        The holder is a ``relay``, or a ``worker`` that takes messages of local queues.
+        """
+        return [lease for table in self._holding() for lease in self._leases_in(table)]
+
+    def _leases_in(self, table: Table) -> list[Row]:
+        ends_at = func.max(table.c.available_at)
         grouped = (
             select(
-                outbox.lease_token.label("token"),
+                table.c.lease_token.label("token"),
+                literal("worker" if table is self.tables.local else "relay").label("holder"),
                 func.count().label("messages"),
                 ends_at.label("ends_at"),
                 case((ends_at <= self.dialect.now(), true()), else_=false()).label("is_over"),
             )
-            .where(outbox.lease_token.is_not(None))
-            .group_by(outbox.lease_token)
+            .where(table.c.lease_token.is_not(None))
+            .group_by(table.c.lease_token)
             .order_by(ends_at)
         )
         with self.engine.connect() as connection:
@@ -227,13 +214,13 @@ class Administration:
         """Return the most frequent last errors: ``error``, ``messages`` and ``dead`` ones of them."""
         counted: dict[str, Row] = {}
         with self.engine.connect() as connection:
-            for table, is_dead in ((self.tables.outbox, False), (self.tables.dead_letter, True)):
+            for table in (*self._holding(), self.tables.dead_letter):
                 error = func.substring(table.c.last_error, 1, length).label("error")
                 cut = select(error).where(table.c.last_error.is_not(None)).subquery().c.error
                 for text, count in connection.execute(select(cut, func.count()).group_by(cut)):
                     row = counted.setdefault(text, {"error": text, "messages": 0, "dead": 0})
                     row["messages"] += count
-                    row["dead"] += count if is_dead else 0
+                    row["dead"] += count if table is self.tables.dead_letter else 0
         return sorted(counted.values(), key=lambda row: (-row["messages"], row["error"]))[:limit]
 
     # Changing
@@ -281,18 +268,23 @@ class Administration:
         self,
         selection: Selection,
         *,
-        states: Iterable[str] = ("outgoing", "scheduled"),
+        states: Iterable[str] = ("outgoing", "scheduled", "due"),
         chunk: int = CHUNK,
     ) -> Iterator[int]:
-        """Delete messages of the outbox that no relay has claimed."""
-        outbox = self.tables.outbox
-        condition = and_(self._selected(outbox, selection), self._in(*states), ~self._leased())
-        return self._delete(outbox.c.id, condition, chunk)
+        """Delete messages that no relay and no worker has claimed."""
+        conditions, states = self._conditions, tuple(states)
+        for table in self._holding(*states):
+            condition = and_(
+                conditions.selected(table, selection),
+                conditions.is_in(table, *states),
+                ~conditions.leased(table),
+            )
+            yield from self._delete(table.c.id, condition, chunk)
 
     def discard(self, selection: Selection = EVERYTHING, *, chunk: int = CHUNK) -> Iterator[int]:
         """Delete dead letters."""
         dead = self.tables.dead_letter
-        return self._delete(dead.c.id, self._selected(dead, selection), chunk)
+        return self._delete(dead.c.id, self._conditions.selected(dead, selection), chunk)
 
     def replay(self, selection: Selection = EVERYTHING, *, chunk: int = CHUNK) -> Iterator[int]:
         """Put dead letters back into the outbox, due now, under their old ids, with no attempt counted.
@@ -300,7 +292,7 @@ class Administration:
         A chunk moves in one transaction.
         """
         outbox, dead = self.tables.outbox, self.tables.dead_letter
-        condition = self._selected(dead, selection)
+        condition = self._conditions.selected(dead, selection)
         names = [
             column.name
             for column in dead.c
@@ -321,49 +313,55 @@ class Administration:
     def republish(self, selection: Selection = EVERYTHING, *, chunk: int = CHUNK) -> Iterator[int]:
         """Make published messages that are kept until they are handled due now."""
         values = {"available_at": self.dialect.now()}
-        return self._update(self._to_republish(selection), values, chunk)
+        return self._update(self.tables.outbox, self._to_republish(selection), values, chunk)
 
     def _to_republish(self, selection: Selection) -> ColumnElement[bool]:
+        outbox, conditions = self.tables.outbox, self._conditions
         # Others are due already.
-        later = self.tables.outbox.c.available_at > self.dialect.now()
-        return and_(self._selected(self.tables.outbox, selection), self._in("published"), later)
+        later = outbox.c.available_at > self.dialect.now()
+        published = conditions.is_in(outbox, "published")
+        return and_(conditions.selected(outbox, selection), published, later)
 
     def release(
         self,
         *,
         token: str | None = None,
-        ends_within_seconds: float | None = None,
+        ends_within_seconds: float = 0.0,
+        workers_end_within_seconds: float = 0.0,
         chunk: int = CHUNK,
     ) -> Iterator[int]:
         """Give claimed messages back: those whose lease is over; or of one lease, or of all that end
-        within so many seconds, live as they may be.
+        within so many seconds (relays' and workers'), live as they may be.
 
         The attempt stays counted, for the message may be what has ended its relay. A relay that lives
         after all finds its lease lost, and the messages are published twice.
         """
-        outbox = self.tables.outbox
-        now, available = self.dialect.now(), outbox.c.available_at
-        condition: ColumnElement[bool] = outbox.c.lease_token.is_not(None)
-        if token is not None:
-            condition = and_(condition, outbox.c.lease_token == token)
-        elif ends_within_seconds is not None:
-            condition = and_(condition, available <= self.dialect.after(ends_within_seconds))
-        else:
-            condition = and_(condition, available <= now)
-        # A message that waits already has waited since then: the lag does not shrink.
-        at_once = case((available > now, now), else_=available)
-        return self._update(condition, {"lease_token": None, "available_at": at_once}, chunk)
+        now = self.dialect.now()
+        for table in self._holding():
+            available, is_local = table.c.available_at, table is self.tables.local
+            within = workers_end_within_seconds if is_local else ends_within_seconds
+            condition: ColumnElement[bool] = table.c.lease_token.is_not(None)
+            if token is not None:
+                condition = and_(condition, table.c.lease_token == token)
+            else:
+                condition = and_(condition, available <= self.dialect.after(within))
+            # A message that waits already has waited since then: the lag does not shrink.
+            at_once = case((available > now, now), else_=available)
+            values = {"lease_token": None, "available_at": at_once}
+            yield from self._update(table, condition, values, chunk)
 
     def _update(
-        self, condition: ColumnElement[bool], values: Mapping[str, Any], chunk: int
+        self,
+        table: Table,
+        condition: ColumnElement[bool],
+        values: Mapping[str, Any],
+        chunk: int,
     ) -> Iterator[int]:
-        outbox = self.tables.outbox
-
         def write(connection: Connection, keys: Sequence[Any]) -> int:
-            changed = update(outbox).where(outbox.c.id.in_(keys), condition)
+            changed = update(table).where(table.c.id.in_(keys), condition)
             return connection.execute(changed.values(**values)).rowcount
 
-        return self._in_chunks(outbox.c.id, condition, write, chunk)
+        return self._in_chunks(table.c.id, condition, write, chunk)
 
     def reschedule(
         self, selection: Selection, due_at: datetime, *, chunk: int = CHUNK
@@ -373,27 +371,37 @@ class Administration:
         Passed over is what would have expired by then, and what can't be read: a newer version wrote
         it, or it is of Celery's protocol 1, which has the eta in the body.
         """
-        outbox, condition = self.tables.outbox, self._to_reschedule(selection, due_at)
+        for table in self._holding("scheduled"):
+            condition = self._to_reschedule(table, selection, due_at)
+            write = partial(self._write_eta, table, condition, due_at)
+            yield from self._in_chunks(table.c.id, condition, write, chunk)
 
-        def write(connection: Connection, keys: Sequence[Any]) -> int:
-            changed = 0
-            columns = [column for column in outbox.c if column.name != "body"]
-            rows = connection.execute(select(*columns).where(outbox.c.id.in_(keys)))
-            for row in rows.all():
-                message = _with_eta(dict(row._mapping), due_at)
-                if message is None:
-                    continue
-                moved = update(outbox).where(outbox.c.id == row.id, condition)
-                values = {"message": message, "due_at": due_at, "available_at": due_at}
-                changed += connection.execute(moved.values(**values)).rowcount
-            return changed
+    def _write_eta(
+        self,
+        table: Table,
+        condition: ColumnElement[bool],
+        due_at: datetime,
+        connection: Connection,
+        keys: Sequence[Any],
+    ) -> int:
+        changed = 0
+        columns = [column for column in table.c if column.name != "body"]
+        rows = connection.execute(select(*columns).where(table.c.id.in_(keys)))
+        for row in rows.all():
+            message = _with_eta(dict(row._mapping), due_at)
+            if message is None:
+                continue
+            moved = update(table).where(table.c.id == row.id, condition)
+            values = {"message": message, "due_at": due_at, "available_at": due_at}
+            changed += connection.execute(moved.values(**values)).rowcount
+        return changed
 
-        return self._in_chunks(outbox.c.id, condition, write, chunk)
-
-    def _to_reschedule(self, selection: Selection, due_at: datetime) -> ColumnElement[bool]:
-        outbox = self.tables.outbox
-        lives = or_(outbox.c.expires_at.is_(None), outbox.c.expires_at > due_at)
-        return and_(self._selected(outbox, selection), self._in("scheduled"), lives)
+    def _to_reschedule(
+        self, table: Table, selection: Selection, due_at: datetime
+    ) -> ColumnElement[bool]:
+        lives = or_(table.c.expires_at.is_(None), table.c.expires_at > due_at)
+        scheduled = self._conditions.is_in(table, "scheduled")
+        return and_(self._conditions.selected(table, selection), scheduled, lives)
 
     def prune(self, retention_seconds: float, *, chunk: int = CHUNK) -> Iterator[int]:
         """Delete inbox rows that are older than the retention."""
@@ -406,14 +414,6 @@ class Administration:
         store = Store(self.engine, self.tables)
         while count := store.prune_dead_letters(retention_seconds, chunk):
             yield count
-
-
-def _named(column: Column[str], pattern: str) -> ColumnElement[bool]:
-    if not pattern.endswith("*"):
-        return column == pattern
-    # Not LIKE, which is blind to case on SQLite.
-    beginning = pattern[:-1]
-    return func.substring(column, 1, len(beginning)) == beginning
 
 
 def _with_eta(row: Mapping[str, Any], due_at: datetime) -> str | None:

@@ -159,6 +159,16 @@ class LocalStore:
                 for queue, due, scheduled, held in connection.execute(counted)
             }
 
+    def lags(self) -> dict[str, float]:
+        """Return for each queue with messages that are due how long the oldest of them has waited."""
+        local, now = self.tables.local.c, self.dialect.now()
+        oldest = select(local.queue, func.min(local.available_at), now).where(
+            local.available_at <= now
+        )
+        with self.engine.connect() as connection:
+            rows = connection.execute(oldest.group_by(local.queue)).all()
+        return {queue: (now - since).total_seconds() for queue, since, now in rows}
+
     def _taken(self) -> Any:
         local = self.tables.local
         return local.c.lease_token.is_not(None) & (local.c.available_at > self.dialect.now())

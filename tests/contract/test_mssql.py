@@ -98,8 +98,9 @@ STORE: Mapping[str, Callable[[Store], object]] = {
 
 ADMINISTRATION: Mapping[str, Callable[[Administration], object]] = {
     "now": lambda admin: admin.now(),
+    "counts": lambda admin: admin.counts(),
     "counts_by": lambda admin: admin.counts_by("task"),
-    "outgoing": lambda admin: admin.outgoing(EVERY, 5),
+    "messages": lambda admin: admin.messages(EVERY, 5),
     "dead_letters": lambda admin: admin.dead_letters(Selection(task="t"), 5),
     "how_many": lambda admin: admin.how_many(EVERY),
     "how_many_to_republish": lambda admin: admin.how_many_to_republish(),

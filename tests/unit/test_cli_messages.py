@@ -223,7 +223,7 @@ def test_cancel_does_what_it_can_and_says_what_not(sqlite_shop: Shop) -> None:
     assert result.exit_code == 1
     assert "cancelled 1 message(s)" in result.output
     assert "a relay has claimed it" in result.output
-    assert "not nobody: it is not in the outbox" in result.output
+    assert "not nobody: it is not here" in result.output
     assert sqlite_shop.outbox.store.counts() == {**EVERY, "outgoing": 0}
 
 

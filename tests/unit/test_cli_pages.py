@@ -17,6 +17,7 @@ from celery_outbox.doctor.examination import CHECKS
 from celery_outbox.storage.relays import Relays
 from celery_outbox.storage.store import Settlement
 from tests.docs.markdown import DOCS, Listing, listings, name_of
+from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop
 from tests.unit.test_cli_storage import context
 
@@ -38,7 +39,7 @@ _VARYING = [
 
 
 def filled(shop: Shop) -> None:
-    """The messages of the pages: one in each state, called by letters."""
+    """The messages of the pages: one in each state, called by letters; f6 and g7 in a local queue."""
     store, tables = shop.outbox.store, shop.outbox.tables
     for number, task_id in enumerate(["a1", "b2", "c3"], start=1):
         shop.notify.apply_async((number,), task_id=task_id, queue="mail" if number == 1 else None)
@@ -51,13 +52,18 @@ def filled(shop: Shop) -> None:
                 store.settle(batch, Settlement(kept={batch.rows[0].id: 50.5}))
     shop.notify.apply_async((4,), task_id="d4", countdown=7200)
     shop.notify.apply_async((5,), task_id="e5")
+    for number, task_id in enumerate(["f6", "g7"], start=6):
+        shop.notify.apply_async((number,), task_id=task_id, queue="emails")
+    taken = store.local.take(["emails"], 1, token="4711@web:5f1c9a7e02", lease_seconds=30)
+    assert [each.id for each in taken] == [1]
     with store.engine.begin() as connection:
         late = store.dialect.after(-240)
-        for table in (tables.outbox, tables.dead_letter):
+        for table in (tables.outbox, tables.local, tables.dead_letter):
             connection.execute(sa.update(table).values(created_at=late))
         connection.execute(sa.update(tables.dead_letter).values(died_at=store.dialect.after(-120)))
-        waits = sa.update(tables.outbox).where(tables.outbox.c.task_id == "e5")
-        connection.execute(waits.values(available_at=late))
+        for table, task_id in ((tables.outbox, "e5"), (tables.local, "g7")):
+            waits = sa.update(table).where(table.c.task_id == task_id)
+            connection.execute(waits.values(available_at=late))
         store.receive(connection, "z0:0:0:", "shop.notify", "z0")
         store.record(connection, "z0:0:0:", "SUCCESS", None, forget=False)
     error = "the broker is away: ConnectionRefusedError: [Errno 111] Connection refused"
@@ -74,16 +80,21 @@ def normal(text: str) -> list[str]:
 
 @pytest.mark.parametrize("listing", LISTINGS, ids=lambda each: each.place)
 def test_the_commands_of_a_listing_say_what_the_page_says(
-    sqlite_shop: Shop, listing: Listing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    listing: Listing,
+    make_shop: MakeShop,
+    sqlite_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    filled(sqlite_shop)
+    shop = make_shop(sqlite_url, outbox_local_queues=["emails"])
+    filled(shop)
     monkeypatch.chdir(tmp_path)
     first, *blocks = listing.code.split(_PROMPT)
     assert not first
     for block in blocks:
         line, _, expected = block.partition("\n")
         result = CliRunner().invoke(
-            command, shlex.split(line), obj=context(sqlite_shop), catch_exceptions=False
+            command, shlex.split(line), obj=context(shop), catch_exceptions=False
         )
         # The audit lines come to the terminal too; docs/commands/README.md has one.
         said = [each for each in normal(result.output) if "celery_outbox.audit" not in each]

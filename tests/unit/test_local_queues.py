@@ -1,5 +1,7 @@
 """Local queues: which messages wait where, and kombu's side of ``outbox://``."""
 
+import os
+import socket
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -11,6 +13,7 @@ from kombu import Connection, Exchange, Queue
 from sqlalchemy.orm import sessionmaker
 
 from celery_outbox import ConfigurationError, EnvelopeError, Outbox
+from celery_outbox.storage.administration import Administration
 from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop, engine_for
 
@@ -229,6 +232,15 @@ def test_bytes_stay_bytes(local: Local) -> None:
     options = {"content_type": "application/data", "content_encoding": "binary"}
     local.connection.Producer().publish(body, routing_key="q", **options)
     assert local.channel.basic_get("q").body == body
+
+
+def test_a_lease_tells_which_process_holds_it(local: Local) -> None:
+    """P18."""
+    local.plain.delay()
+    local.channel.basic_get("celery")
+    (lease,) = Administration(local.engine, local.outbox.tables).leases()
+    assert lease["token"].startswith(f"{os.getpid()}@{socket.gethostname()[-17:]}:")
+    assert len(lease["token"]) <= 36
 
 
 def test_a_rejected_message_comes_back_or_is_gone(local: Local) -> None:

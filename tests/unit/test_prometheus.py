@@ -44,7 +44,10 @@ def test_gauges_of_every_state(shop: Shop, registry: CollectorRegistry) -> None:
         "celery_outbox_relays": 0,
         **{
             state(name): 0
-            for name in ("outgoing", "scheduled", "in_flight", "published", "dead", "incoming")
+            for name in (
+                *("outgoing", "scheduled", "in_flight", "published"),
+                *("due", "taken", "dead", "incoming"),
+            )
         },
     }
     shop.notify.delay("now")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, event, insert, select, update
 
+from celery_outbox.local.message import queued
 from celery_outbox.storage.administration import Administration, Selection
 from celery_outbox.storage.store import Batch, Settlement, Store
 from celery_outbox.testing.contract.database import Database
@@ -22,7 +23,8 @@ from celery_outbox.testing.contract.outgoing import (
     stored,
 )
 
-ETA = datetime.now(timezone.utc) + timedelta(days=2)
+NOW = datetime.now(timezone.utc) - timedelta(seconds=1)
+ETA = NOW + timedelta(days=2)
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def before(engine: Engine, verb: str, action: Callable[[], object]) -> Iterator[
 def test_states_are_those_of_the_counts(store: Store, administration: Administration) -> None:
     """P17."""
     fill(store)
-    rows = administration.outgoing()
+    rows = administration.messages()
     assert {row["task_id"]: row["state"] for row in rows} == {name: name for name in EVERY}
     counts = store.counts()
     for state in EVERY:
@@ -123,7 +125,7 @@ def test_states_are_those_of_the_counts(store: Store, administration: Administra
 
 def test_bodies_are_not_read(store: Store, administration: Administration) -> None:
     fill(store)
-    for row in (*administration.outgoing(), *administration.dead_letters()):
+    for row in (*administration.messages(), *administration.dead_letters()):
         assert "body" not in row
 
 
@@ -143,7 +145,7 @@ def test_counts_by_task_and_by_destination(store: Store, administration: Adminis
 
 def test_what_is_listed_is_the_oldest(store: Store, administration: Administration) -> None:
     stage(store, "1", "2", "3")
-    assert [row["task_id"] for row in administration.outgoing(limit=2)] == ["1", "2"]
+    assert [row["task_id"] for row in administration.messages(limit=2)] == ["1", "2"]
     assert administration.how_many() == 3
 
 
@@ -173,7 +175,7 @@ def test_a_selection_means_what_it_says(
     stage(store, "mail", task="shop.mail")
     stage(store, "upper", task="shop.Mail", exchange="orders", routing_key="eu")
     stage(store, "percent", task="shop.%")
-    assert {row["task_id"] for row in administration.outgoing(selection)} == found
+    assert {row["task_id"] for row in administration.messages(selection)} == found
 
 
 @pytest.mark.parametrize(
@@ -220,6 +222,44 @@ def test_leases_live_and_over(store: Store, administration: Administration) -> N
     leases = {lease["token"]: lease for lease in administration.leases()}
     assert (leases[over.token]["messages"], bool(leases[over.token]["is_over"])) == (1, True)
     assert (leases[live.token]["messages"], bool(leases[live.token]["is_over"])) == (1, False)
+
+
+# Local queues
+
+
+def queue(store: Store, *names: str, due_at: datetime | None = None) -> None:
+    """Put messages into a local queue."""
+    eta = {} if due_at is None else {"eta": due_at.isoformat()}
+    with store.engine.begin() as connection:
+        for name in names:
+            sent = envelope(name, due_at=due_at, headers={"id": name, **eta})
+            store.local.put(connection, [queued(sent, "emails", hold_scheduled=True)])
+
+
+def test_messages_of_local_queues_are_messages(
+    store: Store, administration: Administration
+) -> None:
+    """P17, P18: on each database they are listed, counted, moved, released and cancelled."""
+    fill(store)
+    queue(store, "taken")
+    store.local.take(["emails"], 1, token="w", lease_seconds=60)
+    queue(store, "due")
+    queue(store, "later", due_at=ETA)
+    rows = administration.messages(Selection(destination="emails"))
+    assert {row["task_id"]: row["state"] for row in rows} == {
+        "taken": "taken",
+        "due": "due",
+        "later": "scheduled",
+    }
+    every = {**dict.fromkeys(EVERY, 1), "due": 1, "taken": 1, "dead": 1, "incoming": 1}
+    assert administration.counts() == {**every, "scheduled": 2}
+    assert store.local.lags()["emails"] >= 0
+    assert [lease["holder"] for lease in administration.leases()] == ["relay", "worker"]
+    assert sum(administration.reschedule(Selection(task_ids=["later"]), NOW)) == 1
+    assert administration.counts() == {**every, "due": 2}
+    assert sum(administration.release(token="w")) == 1
+    assert sum(administration.cancel(Selection(destination="emails"))) == 3
+    assert administration.counts() == {**every, "due": 0, "taken": 0}
 
 
 # Clear, cancel, discard
