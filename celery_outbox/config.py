@@ -39,6 +39,8 @@ class Config:
     local_queues: tuple[str, ...] = ()
     #: How long a message of a local queue is left to a worker that is not heard of.
     local_lease_seconds: float = 30.0
+    #: How often a message of a local queue is delivered in vain before it becomes a dead letter.
+    local_max_attempts: int = 20
     #: How often celery beat drives the relay; 0 leaves the beat schedule alone.
     relay_tick_seconds: float = 1.0
     #: The queue of the relay's own task; None is the app's default queue.
@@ -83,7 +85,7 @@ class Config:
             raise _wrong("no_transaction", self.no_transaction, '"store", "publish" or "refuse"')
         if self.bypass not in ("warn", "refuse", "allow"):
             raise _wrong("bypass", self.bypass, '"warn", "refuse" or "allow"')
-        for name in ("batch_size", "max_attempts"):
+        for name in ("batch_size", "max_attempts", "local_max_attempts"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise _wrong(name, value, "a whole number of at least 1")

@@ -123,7 +123,11 @@ def _is_number(name: str) -> bool:
 
 def id_of(row: Mapping[str, Any]) -> int | str:
     """Return the id by which commands know a row of the outbox, of a local queue, or a dead letter."""
-    return row["id"] if row.get("queue") is None else f"{_LOCAL}{row['id']}"
+    if row.get("queue") is None:
+        number: int = row["id"]
+        return number
+    # A dead letter has its row's with a minus.
+    return f"{_LOCAL}{abs(row['id'])}"
 
 
 def is_named(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:

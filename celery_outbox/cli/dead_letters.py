@@ -1,4 +1,4 @@
-"""``outbox dead-letters``: what the broker has refused too often."""
+"""``outbox dead-letters``: what was refused, or delivered in vain, too often."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from celery_outbox.cli.choosing import (
     confirm,
     dry_run,
     filters,
+    id_of,
     selection_of,
     yes,
 )
 from celery_outbox.cli.context import administration_of, errors_as_sentences, outbox_of_app
-from celery_outbox.cli.messages import show
-from celery_outbox.cli.output import ago, as_json, print_json, table, without
+from celery_outbox.cli.messages import show, told
+from celery_outbox.cli.output import ago, as_json, print_json, table
 
 __all__ = ["dead_letters"]
 
@@ -52,12 +53,12 @@ def list_dead_letters(ctx: click.Context, limit: int, json_wanted: bool, **chose
 
 def _print(rows: list[dict[str, Any]], total: int, *, json_wanted: bool) -> None:
     if json_wanted:
-        print_json({"messages": [without(row, "message", "now") for row in rows], "total": total})
+        print_json({"messages": [told(row) for row in rows], "total": total})
         return
     heads = ["id", "task", "task id", "destination", "dead for", "attempts", "last error"]
     cells = [
         (
-            row["id"],
+            id_of(row),
             row["task"],
             row["task_id"],
             row["destination"],
@@ -88,7 +89,7 @@ def replay(
     json_wanted: bool,
     **chosen: Any,
 ) -> None:
-    """Put dead letters back into the outbox, due now, with no attempt counted."""
+    """Put dead letters back where they were, due now, with no attempt counted."""
     _change(ctx, "replay", message_ids, everything, dry_run, True, json_wanted, chosen)
 
 
@@ -135,7 +136,7 @@ def _change(
         with errors_as_sentences():
             rows = administration.dead_letters(selection, 50)
         if json_wanted:
-            ids = [row["id"] for row in rows]
+            ids = [id_of(row) for row in rows]
             print_json({"dry_run": True, "rows": found, "ids": ids})
         else:
             click.echo(f"would {what} {found} dead letter(s)")

@@ -40,7 +40,7 @@ def check_dead_letters(outbox: Outbox) -> Iterator[Finding]:
         dead = connection.execute(counted).scalar_one()
     if dead:
         yield warning(
-            f"{dead} dead letter(s): the broker has refused them for good",
+            f"{dead} dead letter(s): refused for good, or delivered again and again in vain",
             "See `outbox dead-letters list`, mend what the errors say, then replay or discard them.",
         )
     else:

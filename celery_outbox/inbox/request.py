@@ -31,6 +31,8 @@ class DurableRequest(Request):
     ) -> Any:
         """Let a delivery wait that must; end the child before a hard time limit is recorded."""
         exception = getattr(exc_info.exception, "exc", exc_info.exception)
+        # A local queue keeps it with a message that goes back.
+        self.message.given_back_for = exception
         if isinstance(exception, Busy):
             task_ready(self)
             pause = self.task.installation.config.busy_pause_seconds

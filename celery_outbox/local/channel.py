@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from amqp.protocol import queue_declare_ok_t
 from kombu.transport import virtual
 
+from celery_outbox.inbox.parking import Busy
 from celery_outbox.local.holding import Holding
 from celery_outbox.local.message import delivered, envelope_of, id_of, queued
 from celery_outbox.storage.local import Delivery
@@ -57,7 +58,9 @@ class QoS(virtual.QoS):
         """The message is for another consumer, or for nobody."""
         self._quick_ack(delivery_tag)
         if requeue:
-            self.channel.holding.give_back(id_of(delivery_tag))
+            message = self._delivered.get(delivery_tag)
+            error = _why_back(getattr(message, "given_back_for", None))
+            self.channel.holding.give_back(id_of(delivery_tag), error=error)
         else:
             self.channel.holding.handled(id_of(delivery_tag))
 
@@ -76,6 +79,13 @@ class QoS(virtual.QoS):
         self._delivered.clear()
 
 
+def _why_back(reason: BaseException | None) -> str | None:
+    """Say why a worker gave a message back; None where that does not count, for it will be handled."""
+    if isinstance(reason, Busy):
+        return None
+    return "its worker gave it back" + ("" if reason is None else f": {reason}"[:2000])
+
+
 class Channel(virtual.Channel):
     """A channel to local queues. A message that is published is there with its own commit."""
 
@@ -89,6 +99,7 @@ class Channel(virtual.Channel):
         self.holding = Holding(
             self.host.local_store,
             self.host.config.local_lease_seconds,
+            self.host.config.local_max_attempts,
             changed=connection.ring,
             keep_house=self.host.keep_house,
         )

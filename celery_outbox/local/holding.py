@@ -40,12 +40,14 @@ class Holding:
         self,
         store: LocalStore,
         lease_seconds: float,
+        max_attempts: int,
         *,
         changed: Callable[[], None],
         keep_house: Callable[[], None],
     ) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
+        self._max_attempts = max_attempts
         self._changed = changed
         self._keep_house = keep_house
         self._token = _token()
@@ -71,6 +73,7 @@ class Holding:
                 limit,
                 token=self._token,
                 lease_seconds=self._lease_seconds,
+                max_attempts=self._max_attempts,
                 handled=handled,
             )
         except SQLAlchemyError as exc:
@@ -78,6 +81,10 @@ class Holding:
             if self._store.dialect.is_busy(exc):
                 return []
             raise
+        for delivery in taken:
+            if delivery.is_dead:
+                _tell_of_death(delivery)
+        taken = [delivery for delivery in taken if not delivery.is_dead]
         if taken:
             with self._lock:
                 self._held.update(delivery.id for delivery in taken)
@@ -98,12 +105,15 @@ class Holding:
             self._drop()
         self._changed()
 
-    def give_back(self, row: int, after_seconds: float = 0.0) -> None:
-        """A message is for another consumer. If the database is away it is when the lease is over."""
+    def give_back(self, row: int, after_seconds: float = 0.0, *, error: str | None = None) -> None:
+        """A message is for another consumer. If the database is away it is when the lease is over.
+
+        With an `error` the delivery counts: too many of those, and it is a dead letter.
+        """
         with self._lock:
             self._held.discard(row)
         try:
-            self._store.give_back([row], self._token, after_seconds)
+            self._store.give_back([row], self._token, after_seconds, error=error)
         except SQLAlchemyError as exc:
             logger.error("a message could not be given back, its lease will end: %s", exc)
         self._changed()
@@ -179,6 +189,13 @@ class Holding:
         if lost:
             logger.warning("the lease of %d message(s) was over: others may have them", len(lost))
             events.emit(events.LEASE_LOST, count=len(lost))
+
+
+def _tell_of_death(delivery: Delivery) -> None:
+    logger.error("%s[%s] is a dead letter: %s", delivery.task, delivery.task_id, delivery.error)
+    events.emit(
+        events.DEAD, task=delivery.task, task_id=delivery.task_id, error=str(delivery.error)
+    )
 
 
 def _token() -> str:

@@ -20,6 +20,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Insert,
     Table,
     and_,
     case,
@@ -151,7 +152,8 @@ class Administration:
         if limit is not None:
             found = found.limit(limit)
         with self.engine.connect() as connection:
-            rows = connection.execute(found.order_by(table.c.id))
+            order = [table.c[name] for name in ("died_at", "id") if name in table.c]
+            rows = connection.execute(found.order_by(*order))
             return [dict(row._mapping) for row in rows]
 
     def how_many(self, selection: Selection = EVERYTHING, *, dead: bool = False) -> int:
@@ -287,28 +289,37 @@ class Administration:
         return self._delete(dead.c.id, self._conditions.selected(dead, selection), chunk)
 
     def replay(self, selection: Selection = EVERYTHING, *, chunk: int = CHUNK) -> Iterator[int]:
-        """Put dead letters back into the outbox, due now, under their old ids, with no attempt counted.
+        """Put dead letters back into the outbox, or into their local queue: due now, under their old
+        ids, with no attempt counted.
 
         A chunk moves in one transaction.
         """
-        outbox, dead = self.tables.outbox, self.tables.dead_letter
+        outbox, local, dead = self.tables.outbox, self.tables.local, self.tables.dead_letter
         condition = self._conditions.selected(dead, selection)
-        names = [
-            column.name
-            for column in dead.c
-            if column.name in outbox.c and column.name not in ("attempts", "last_error")
-        ]
-        values: Mapping[str, Any] = {"attempts": literal(0), "available_at": self.dialect.now()}
 
         def move(connection: Connection, keys: Sequence[Any]) -> int:
-            # The insert comes first: on SQLite it is what begins the transaction. From then on the rows
-            # are nobody else's, so that it is the same rows that are deleted.
+            # The inserts come first: on SQLite one is what begins the transaction. From then on the
+            # rows are nobody else's, so that it is the same rows that are deleted.
             chosen = and_(dead.c.id.in_(keys), condition)
-            rows = select(*(dead.c[name] for name in names), *values.values()).where(chosen)
-            connection.execute(insert(outbox).from_select([*names, *values], rows))
+            of_relays = and_(chosen, dead.c.queue.is_(None))
+            connection.execute(self._put_back(outbox, dead.c.id, of_relays))
+            of_workers = and_(chosen, dead.c.queue.is_not(None))
+            connection.execute(self._put_back(local, -dead.c.id, of_workers))
             return self.dialect.delete(connection, dead.c.id, keys, condition)
 
         return self._in_chunks(dead.c.id, condition, move, chunk)
+
+    def _put_back(
+        self, table: Table, row_id: ColumnElement[int], condition: ColumnElement[bool]
+    ) -> Insert:
+        dead = self.tables.dead_letter
+        values: dict[str, Any] = {
+            column.name: column for column in dead.c if column.name in table.c
+        }
+        del values["last_error"]
+        values |= {"id": row_id, "attempts": literal(0), "available_at": self.dialect.now()}
+        rows = select(*values.values()).where(condition)
+        return insert(table).from_select([*values], rows)
 
     def republish(self, selection: Selection = EVERYTHING, *, chunk: int = CHUNK) -> Iterator[int]:
         """Make published messages that are kept until they are handled due now."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, case, delete, func, select, update
+from sqlalchemy import Connection, Engine, case, delete, func, insert, select, update
 
 from celery_outbox.envelope import Envelope
 from celery_outbox.storage.dialects import dialect_for
@@ -22,14 +22,18 @@ __all__ = ["Delivery", "LocalStore"]
 class Delivery:
     """A queued message that a consumer has taken: `envelope`, or the `error` why it can't be read.
 
-    `number` counts its deliveries, this one included.
+    `number` counts its deliveries, this one included. If `is_dead` it is not taken, but has become a
+    dead letter, with the `error`: it was delivered too often.
     """
 
     id: int
     number: int
     queue: str
+    task: str
+    task_id: str
     envelope: Envelope | None
     error: str | None = None
+    is_dead: bool = False
 
 
 class LocalStore:
@@ -67,11 +71,13 @@ class LocalStore:
         *,
         token: str,
         lease_seconds: float,
+        max_attempts: int,
         handled: Sequence[int] = (),
     ) -> list[Delivery]:
         """Take up to `limit` messages that are due, the most urgent ones first, and drop the handled.
 
-        Both in one transaction. Of queues that are equally urgent each has its turn: their order is
+        Those that were delivered `max_attempts` times before become dead letters. All in one
+        transaction. Of queues that are equally urgent each has its turn: their order is
         drawn anew each time.
         """
         order = random.sample(queues, len(queues))
@@ -96,8 +102,21 @@ class LocalStore:
                 if limit > 0 and wanted
                 else []
             )
+            dead = {row.id: _death(row) for row in rows if row.attempts > max_attempts}
+            self._bury(connection, [row for row in rows if row.id in dead], dead)
         rows = sorted(rows, key=lambda row: (-row.priority, row.id))
-        return [_delivery(row) for row in rows]
+        return [_delivery(row, dead.get(row.id)) for row in rows]
+
+    def _bury(self, connection: Connection, rows: Sequence[Any], errors: Mapping[int, str]) -> None:
+        """Move rows that were just taken to the dead letters."""
+        dead = self.tables.dead_letter
+        for row in rows:
+            values = {name: value for name, value in row._mapping.items() if name in dead.c}
+            values |= {"id": -row.id, "attempts": row.attempts - 1}
+            values |= {"last_error": errors[row.id], "died_at": self.dialect.now()}
+            connection.execute(insert(dead).values(values))
+        if rows:
+            self.dialect.delete(connection, self.tables.local.c.id, list(errors))
 
     def drop(self, ids: Sequence[int], token: str) -> int:
         """Delete messages that are handled; return how many were still ours."""
@@ -108,12 +127,26 @@ class LocalStore:
         local = self.tables.local
         return self.dialect.delete(connection, local.c.id, ids, local.c.lease_token == token)
 
-    def give_back(self, ids: Sequence[int], token: str, after_seconds: float = 0.0) -> int:
-        """End our lease of messages that are not handled; return how many were still ours."""
+    def give_back(
+        self,
+        ids: Sequence[int],
+        token: str,
+        after_seconds: float = 0.0,
+        *,
+        error: str | None = None,
+    ) -> int:
+        """End our lease of messages that are not handled; return how many were still ours.
+
+        Without an `error` the delivery does not count: nothing was wrong with the message.
+        """
         local = self.tables.local
         ours = self.dialect.among(local.c.id, ids) & (local.c.lease_token == token)
         back = update(local).where(ours)
         back = back.values(lease_token=None, available_at=self.dialect.after(after_seconds))
+        if error is None:
+            back = back.values(attempts=local.c.attempts - 1)
+        else:
+            back = back.values(last_error=error)
         with self.dialect.transaction(self.engine) as connection:
             return connection.execute(back).rowcount
 
@@ -162,17 +195,24 @@ class LocalStore:
     def lags(self) -> dict[str, float]:
         """Return for each queue with messages that are due how long the oldest of them has waited."""
         local, now = self.tables.local.c, self.dialect.now()
-        oldest = select(local.queue, func.min(local.available_at), now).where(
-            local.available_at <= now
-        )
+        since = func.min(local.available_at).label("available_at")
+        oldest = select(local.queue, since, now.label("now")).where(local.available_at <= now)
         with self.engine.connect() as connection:
             rows = connection.execute(oldest.group_by(local.queue)).all()
-        return {queue: (now - since).total_seconds() for queue, since, now in rows}
+        return {row.queue: (row.now - row.available_at).total_seconds() for row in rows}
 
     def _taken(self) -> Any:
         local = self.tables.local
         return local.c.lease_token.is_not(None) & (local.c.available_at > self.dialect.now())
 
 
-def _delivery(row: Any) -> Delivery:
-    return Delivery(row.id, row.attempts, row.queue, *envelope_of(row))
+def _delivery(row: Any, death: str | None) -> Delivery:
+    known = (row.id, row.attempts, row.queue, row.task, row.task_id)
+    if death is not None:
+        return Delivery(*known, envelope=None, error=death, is_dead=True)
+    return Delivery(*known, *envelope_of(row))
+
+
+def _death(row: Any) -> str:
+    why = "" if row.last_error is None else f"; the last time: {row.last_error}"
+    return f"delivered {row.attempts - 1} times and never handled{why}"

@@ -104,8 +104,10 @@ class Conditions:
         return and_(*conditions)
 
     def _has_id(self, table: Table, selection: Selection) -> ColumnElement[bool]:
-        wanted = selection.local_ids if table is self._tables.local else selection.ids
-        return table.c.id.in_(wanted or ())
+        ids, local_ids = selection.ids or (), selection.local_ids or ()
+        if table is self._tables.dead_letter:
+            return table.c.id.in_([*ids, *(-each for each in local_ids)])
+        return table.c.id.in_(local_ids if table is self._tables.local else ids)
 
 
 def _named(column: Column[str], pattern: str) -> ColumnElement[bool]:

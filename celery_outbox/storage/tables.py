@@ -117,6 +117,10 @@ class Tables:
             Column("id", Id, primary_key=True, autoincrement=False),
             *stored_message(),
             Column("died_at", UTCDateTime, nullable=False),
+            # Of a local queue's message, whose id is that of its row with a minus: the tables have
+            # numbers of their own.
+            Column("queue", name_of_length(NAME_LENGTH)),
+            Column("priority", Integer),
         )
         #: When each entry of beat ran last (`celery_outbox.beat`).
         self.beat = table(

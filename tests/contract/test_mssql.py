@@ -134,13 +134,16 @@ RELAYS: Mapping[str, Callable[[Relays], object]] = {
 
 LOCAL_STORE: Mapping[str, Callable[[LocalStore], object]] = {
     "put": with_connection("put", [LOCAL]),
-    "take": lambda local: local.take(["a", "b"], 5, token="t", lease_seconds=9.5, handled=[1, 2]),
+    "take": lambda local: local.take(
+        ["a", "b"], 5, token="t", lease_seconds=9.5, max_attempts=0, handled=[1, 2]
+    ),
     "drop": lambda local: local.drop([1, 2], "t"),
     "give_back": lambda local: local.give_back([1, 2], "t", 9.5),
     "renew": lambda local: local.renew([1, 2], "t", 9.5),
     "size": lambda local: local.size("a"),
     "purge": lambda local: local.purge("a"),
     "counts": lambda local: local.counts(),
+    "lags": lambda local: local.lags(),
 }
 
 #: Each class that talks to the database, and how each of its public methods is called.

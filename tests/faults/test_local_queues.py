@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
+from celery_outbox.storage.administration import Administration
 from tests.journeys.making import Making
 from tests.journeys.site import Effect, Site, new_tag
 from tests.support.guardian import family
@@ -80,6 +81,34 @@ def test_killed_with_messages_in_hand(sites: Making, database: str) -> None:
     _verify_once(site, [held, *tags])
     assert site.runs(held) == ["done", "done"]
     assert [site.runs(tag) for tag in tags] == [["done"]] * 3
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_task_that_kills_its_process_each_time(sites: Making, pool: str) -> None:
+    """P7: it is delivered so often and no more, and is replayed once it is mended.
+
+    In the prefork pool the worker outlives it and gives the message back; else the lease ends.
+    """
+    site = sites("local", **SHORT, outbox_local_max_attempts=3)
+    tag, good = new_tag("deadly"), new_tag()
+    site.send(site.task("deadly").s(tag=tag))
+    if pool == "prefork":
+        _worker(site, "one")
+    else:
+        site.reviving_worker("--pool=solo")
+    wait_until(site.dead, 60, "a dead letter")
+    (letter,) = site.dead()
+    assert (letter["attempts"], site.runs(tag)) == (3, ["done"] * 3)
+    said = "signal 9 (SIGKILL)" if pool == "prefork" else "its worker was lost: "
+    assert letter["last_error"].startswith("delivered 3 times and never handled; the last time: ")
+    assert said in letter["last_error"]
+    assert site.effects(tag) == []
+    site.send(site.step(good))
+    site.wait_effects(good, ["done"])
+    site.open_gate(tag)
+    assert sum(Administration(site.engine, site.outbox.tables).replay()) == 1
+    _verify_once(site, [tag])
+    assert site.dead() == []
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])

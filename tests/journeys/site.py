@@ -269,7 +269,11 @@ class Site:
     def wait_at_gate(self, name: str, timeout: float = 90.0) -> None:
         """In a body: say that it is there, and wait until the gate is opened."""
         (self.folder / f"{name}.waiting").touch()
-        wait_until((self.folder / f"{name}.open").exists, timeout, f"gate {name}")
+        wait_until(lambda: self.is_open(name), timeout, f"gate {name}")
+
+    def is_open(self, name: str) -> bool:
+        """Whether bodies may pass."""
+        return (self.folder / f"{name}.open").exists()
 
     def wait_for_body(self, name: str, timeout: float = 90.0) -> None:
         """In the test: return when a body waits at the gate."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 from celery import Task, chain, current_app, group, shared_task
@@ -120,6 +122,16 @@ def replaced_by_group(self: Any, *, tag: str) -> str:
 def ignoring(self: Any, *, tag: str) -> None:
     _take_effect(self, tag, "ignored")
     raise Ignore
+
+
+@durable_task(bind=True)
+def deadly(self: Any, *, tag: str) -> str:
+    """A body that kills its process, until its gate is open."""
+    _take_effect(self, tag, "done")
+    site = _site(self)
+    if not site.is_open(tag):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
 
 
 @durable_task(bind=True)

@@ -22,7 +22,7 @@ WORKER = "4711@web:5f1c9a7e02"
 def local_shop(make_shop: MakeShop, database_url: str) -> Shop:
     """A shop with a local queue, emails, that has a message in each state; one waits for a relay."""
     shop = make_shop(database_url, outbox_local_queues=["emails"])
-    shop.notify.apply_async(("taken",), task_id="taken", queue="emails")
+    shop.notify.apply_async(("taken",), task_id="taken", queue="emails", priority=9)
     take(shop)
     shop.notify.apply_async(("due",), task_id="due", queue="emails", priority=3)
     shop.notify.apply_async(("later",), task_id="scheduled", queue="emails", countdown=3600)
@@ -32,7 +32,7 @@ def local_shop(make_shop: MakeShop, database_url: str) -> Shop:
 
 def take(shop: Shop, seconds: float = 30.0) -> None:
     store = shop.outbox.store.local
-    assert store.take(["emails"], 1, token=WORKER, lease_seconds=seconds)
+    assert store.take(["emails"], 1, token=WORKER, lease_seconds=seconds, max_attempts=3)
 
 
 def counts(shop: Shop) -> dict[str, int]:
@@ -177,6 +177,39 @@ def test_scheduled_cancel_touches_nothing_else(local_shop: Shop) -> None:
     words = ["scheduled", "cancel", "scheduled", "due", "--yes"]
     assert run(local_shop.app, *words).exit_code == 1
     assert set(rows(local_shop)) == {"due", "taken"}
+
+
+# dead-letters
+
+
+def test_a_message_that_is_delivered_in_vain_too_often(local_shop: Shop) -> None:
+    """P18: it is listed, shown, and replayed into its queue."""
+    name = local_id(local_shop, "taken")
+    for _ in range(3):
+        end_lease(local_shop)
+        take(local_shop)
+    assert set(rows(local_shop)) == {"due", "scheduled"}
+    error = f"delivered 3 times and never handled; the last time: its worker was lost: {WORKER}"
+    (listed_letter,) = answer(local_shop, "dead-letters", "list", "--queue", "emails")["messages"]
+    assert (listed_letter["id"], listed_letter["last_error"]) == (name, error)
+    for word in (name, "taken"):
+        (shown,) = answer(local_shop, "dead-letters", "show", word)["messages"]
+        assert (shown["id"], shown["state"], shown["queue"]) == (name, "dead", "emails")
+        assert shown["why"] == f"dead letter: {error}"
+    assert answer(local_shop, "dead-letters", "replay", name, "--dry-run")["ids"] == [name]
+    assert answer(local_shop, "dead-letters", "replay", name)["rows"] == 1
+    row = rows(local_shop)["taken"]
+    assert (row.attempts, row.last_error, row.lease_token) == (0, None, None)
+    assert counts(local_shop) == {"due": 2, "scheduled": 1, "outgoing": 1}
+
+
+def test_dead_letters_of_local_queues_are_discarded(local_shop: Shop) -> None:
+    name = local_id(local_shop, "taken")
+    for _ in range(3):
+        end_lease(local_shop)
+        take(local_shop)
+    assert answer(local_shop, "dead-letters", "discard", name, "--yes")["rows"] == 1
+    assert counts(local_shop) == {"due": 1, "scheduled": 1, "outgoing": 1}
 
 
 # storage

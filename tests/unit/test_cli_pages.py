@@ -54,7 +54,9 @@ def filled(shop: Shop) -> None:
     shop.notify.apply_async((5,), task_id="e5")
     for number, task_id in enumerate(["f6", "g7"], start=6):
         shop.notify.apply_async((number,), task_id=task_id, queue="emails")
-    taken = store.local.take(["emails"], 1, token="4711@web:5f1c9a7e02", lease_seconds=30)
+    taken = store.local.take(
+        ["emails"], 1, token="4711@web:5f1c9a7e02", lease_seconds=30, max_attempts=3
+    )
     assert [each.id for each in taken] == [1]
     with store.engine.begin() as connection:
         late = store.dialect.after(-240)

@@ -12,7 +12,7 @@ from celery.signals import celeryd_init
 from kombu import Connection, Exchange, Queue
 from sqlalchemy.orm import sessionmaker
 
-from celery_outbox import ConfigurationError, EnvelopeError, Outbox
+from celery_outbox import ConfigurationError, EnvelopeError, Outbox, events
 from celery_outbox.storage.administration import Administration
 from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop, engine_for
@@ -253,6 +253,37 @@ def test_a_rejected_message_comes_back_or_is_gone(local: Local) -> None:
     assert local.channel.basic_get("celery") is None
     local.channel.close()
     assert local.counts() == {}
+
+
+def test_a_message_that_is_requeued_too_often_is_a_dead_letter(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P7."""
+    local = Local(database_url, outbox_local_max_attempts=2)
+    local.plain.delay()
+    told: list[tuple[str, dict[str, Any]]] = []
+    with events.listening(lambda name, details: told.append((name, details))):
+        for _ in range(2):
+            local.channel.basic_get("celery").requeue()
+        assert local.channel.basic_get("celery") is None
+    error = "delivered 2 times and never handled; the last time: its worker gave it back"
+    (death,) = [details for name, details in told if name == events.DEAD]
+    assert (death["task"], death["error"]) == ("local.plain", error)
+    assert f"is a dead letter: {error}" in caplog.text
+    assert local.counts() == {}
+    local.close()
+
+
+def test_messages_that_are_given_back_unused_do_not_die(database_url: str) -> None:
+    """A worker may take a message along, and stop, as often as it likes."""
+    local = Local(database_url, outbox_local_max_attempts=1)
+    local.plain.delay()
+    for _ in range(3):
+        channel = local.connection.channel()
+        assert channel.basic_get("celery") is not None
+        channel.close()
+    assert local.counts() == {"celery": {"due": 1, "scheduled": 0, "taken": 0}}
+    local.close()
 
 
 def test_a_channel_that_is_closed_deletes_and_gives_back(local: Local) -> None:

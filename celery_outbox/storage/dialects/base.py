@@ -24,9 +24,11 @@ from sqlalchemy import (
     String,
     Table,
     bindparam,
+    case,
     delete,
     func,
     insert,
+    literal,
     literal_column,
     select,
     union_all,
@@ -176,6 +178,18 @@ class Dialect:
             "available_at": self.after(lease_seconds),
         }
 
+    def under_workers_lease(self, local: Table, lease_seconds: float, token: str) -> dict[str, Any]:
+        """What a take writes into a row: as `under_lease`, and who has had it and is lost, if any.
+
+        The error stands before the lease in the table, and so in the statement: MySQL assigns in order.
+        """
+        columns = local.c
+        lost = literal("its worker was lost: ").concat(columns.lease_token)
+        return {
+            **self.under_lease(local, lease_seconds, token),
+            "last_error": case((columns.lease_token.is_not(None), lost), else_=columns.last_error),
+        }
+
     def not_awaited(self) -> Sequence[ColumnElement[Any]]:
         """What to select so that the transaction's COMMIT does not wait for the disk.
 
@@ -302,7 +316,7 @@ class Dialect:
                     update(local)
                     # Another one may have been faster, where nothing locks what is read.
                     .where(columns.id.in_(ids), columns.available_at <= self.now())
-                    .values(self.under_lease(local, lease_seconds, token))
+                    .values(self.under_workers_lease(local, lease_seconds, token))
                 )
                 connection.execute(taken)
                 # Read again: not every database returns what it has written.

@@ -131,7 +131,7 @@ class PostgreSQL(Dialect):
         taken = (
             update(local)
             .where(columns.id.in_(select(due.c.id)))
-            .values(self.under_lease(local, lease_seconds, token))
+            .values(self.under_workers_lease(local, lease_seconds, token))
             .returning(*columns, *self.not_awaited())
         )
         queues, priorities = zip(*wanted, strict=True)

@@ -242,7 +242,7 @@ def test_messages_of_local_queues_are_messages(
     """P17, P18: on each database they are listed, counted, moved, released and cancelled."""
     fill(store)
     queue(store, "taken")
-    store.local.take(["emails"], 1, token="w", lease_seconds=60)
+    store.local.take(["emails"], 1, token="w", lease_seconds=60, max_attempts=3)
     queue(store, "due")
     queue(store, "later", due_at=ETA)
     rows = administration.messages(Selection(destination="emails"))
@@ -433,6 +433,24 @@ def test_a_replayed_message_may_die_again(store: Store, administration: Administ
     store.settle(batch, Settlement(dead={row.id: "again" for row in batch.rows}))
     assert buried(store) == {"m"}
     assert sum(administration.replay()) == 1
+
+
+def test_replay_puts_a_dead_letter_back_into_its_local_queue(
+    store: Store, administration: Administration
+) -> None:
+    """P18: also where a row of the outbox has died with the same number."""
+    bury(store, "relay")
+    queue(store, "worker")
+    options: dict[str, Any] = {"token": "w", "max_attempts": 1}
+    (taken,) = store.local.take(["emails"], 1, lease_seconds=-1, **options)
+    assert [each.is_dead for each in store.local.take(["emails"], 1, lease_seconds=60, **options)]
+    assert buried(store) == {"relay", "worker"}
+    assert sum(administration.replay(Selection(local_ids=[taken.id]))) == 1
+    assert (buried(store), labels(store)) == ({"relay"}, set())
+    (again,) = store.local.take(["emails"], 1, lease_seconds=60, **options)
+    assert (again.id, again.number, again.envelope) == (taken.id, 1, taken.envelope)
+    assert sum(administration.replay()) == 1
+    assert labels(store) == {"relay"}
 
 
 # Release

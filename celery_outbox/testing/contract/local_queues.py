@@ -34,7 +34,7 @@ def put(local: LocalStore, *labels: str, queue: str = "emails", **changes: Any) 
 
 
 def take(local: LocalStore, limit: int = 100, *queues: str, token: str = "one") -> list[Delivery]:
-    return local.take(queues or ["emails"], limit, token=token, lease_seconds=60)
+    return local.take(queues or ["emails"], limit, token=token, lease_seconds=60, max_attempts=3)
 
 
 def labels_of(deliveries: list[Delivery]) -> list[str]:
@@ -116,7 +116,7 @@ def test_nothing_is_taken_without_room_or_queues(
     local: LocalStore, limit: int, queues: list[str]
 ) -> None:
     put(local, "m")
-    assert local.take(queues, limit, token="one", lease_seconds=60) == []
+    assert local.take(queues, limit, token="one", lease_seconds=60, max_attempts=3) == []
 
 
 def test_the_most_urgent_ones_first_over_all_queues(local: LocalStore) -> None:
@@ -198,17 +198,22 @@ def test_looking_needs_no_write_where_nothing_is_due(local: LocalStore) -> None:
 def test_what_is_handled_is_dropped_with_the_next_take(local: LocalStore) -> None:
     put(local, "a", "b")
     (first,) = take(local, 1)
-    second = local.take(["emails"], 1, token="one", lease_seconds=60, handled=[first.id])
+    second = local.take(
+        ["emails"], 1, token="one", lease_seconds=60, max_attempts=3, handled=[first.id]
+    )
     assert labels_of(second) == ["b"]
     assert count(local) == 1
-    assert local.take([], 0, token="one", lease_seconds=60, handled=ids_of(second)) == []
+    assert (
+        local.take([], 0, token="one", lease_seconds=60, max_attempts=3, handled=ids_of(second))
+        == []
+    )
     assert count(local) == 0
 
 
 def test_what_is_given_back_is_delivered_again(local: LocalStore) -> None:
     put(local, "a")
     first = take(local)
-    assert local.give_back(ids_of(first), "one") == 1
+    assert local.give_back(ids_of(first), "one", error="worse luck") == 1
     (again,) = take(local, token="two")
     assert again.number == 2
     assert local.give_back([again.id], "two", 60) == 1
@@ -227,6 +232,51 @@ def test_a_lease_that_is_over_is_anybodys(local: LocalStore) -> None:
     assert local.give_back(ids_of(first), "one") == 0
     assert local.renew(ids_of(first), "one", 60) == set()
     assert local.drop(ids_of(first), "two") == 1
+
+
+def dead_in(local: LocalStore) -> list[Any]:
+    table = local.tables.dead_letter
+    with local.engine.connect() as connection:
+        return list(connection.execute(select(table)))
+
+
+def test_what_is_delivered_in_vain_too_often_is_a_dead_letter(local: LocalStore) -> None:
+    """P7: with the true error, and nothing else stays behind."""
+    put(local, "deadly", priority=7)
+    for number in (1, 2, 3):
+        (delivery,) = take(local, token=f"worker {number}")
+        assert (delivery.number, delivery.is_dead) == (number, False)
+        end_local_leases(local)
+    put(local, "good")
+    good, gone = sorted(take(local), key=lambda each: each.is_dead)
+    error = "delivered 3 times and never handled; the last time: its worker was lost: worker 3"
+    assert (gone.task_id, gone.is_dead, gone.envelope, gone.error) == ("deadly", True, None, error)
+    assert labels_of([good]) == ["good"]
+    (letter,) = dead_in(local)
+    assert (letter.id, letter.queue, letter.priority) == (-gone.id, "emails", 7)
+    assert (letter.task_id, letter.attempts, letter.last_error) == ("deadly", 3, error)
+    assert count(local) == 1
+
+
+def test_the_error_of_a_dead_letter_is_that_of_the_last_delivery(local: LocalStore) -> None:
+    put(local, "a")
+    take(local)
+    end_local_leases(local)
+    for error in ("signal 9", "signal 11"):
+        (delivery,) = take(local)
+        local.give_back([delivery.id], "one", error=error)
+    assert [each.is_dead for each in take(local)] == [True]
+    (letter,) = dead_in(local)
+    assert letter.last_error == "delivered 3 times and never handled; the last time: signal 11"
+
+
+def test_what_is_given_back_for_no_fault_of_its_own_does_not_count(local: LocalStore) -> None:
+    """A worker that stops, or a duplicate of what still runs, buries nothing."""
+    put(local, "a")
+    for _ in range(10):
+        (delivery,) = take(local)
+        assert (delivery.number, delivery.is_dead) == (1, False)
+        local.give_back([delivery.id], "one")
 
 
 def test_a_renewed_lease_is_not_over(local: LocalStore) -> None:
