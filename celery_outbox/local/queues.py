@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
-import time
 from collections.abc import Callable, Mapping
 from datetime import tzinfo
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from celery_outbox.errors import EnvelopeError
 from celery_outbox.local.hosts import SCHEME, URL, reach
 from celery_outbox.local.message import queued
 from celery_outbox.local.routing import Routing
+from celery_outbox.relay.pruning import Pruning
 from celery_outbox.storage.rows import row_of
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ logger = logging.getLogger("celery_outbox.local")
 
 #: Celery's, stronger than its settings.
 _VARIABLE = "CELERY_BROKER_READ_URL"
-_PRUNE_EVERY = 60.0
-_PRUNE_CHUNK = 1000
 
 
 class LocalQueues:
@@ -50,8 +47,7 @@ class LocalQueues:
         self._app = app
         self._config = config
         self._make_store = make_store
-        self._store: tuple[int, Store] | None = None
-        self._next_prune = time.monotonic() + random.random() * _PRUNE_EVERY
+        self._own: tuple[int, Store, Pruning] | None = None
         self._routing: Routing | None = None
         self._name = ""
 
@@ -81,24 +77,24 @@ class LocalQueues:
     @property
     def local_store(self) -> LocalStore:
         """The queued messages, by connections that this process shares with no other use."""
-        return self._own_store().local
+        store, _ = self._of_this_process()
+        return store.local
 
-    def _own_store(self) -> Store:
-        if self._store is None or self._store[0] != os.getpid():
-            self._store = (os.getpid(), self._make_store())
-        return self._store[1]
+    def _of_this_process(self) -> tuple[Store, Pruning]:
+        if self._own is None or self._own[0] != os.getpid():
+            store, config = self._make_store(), self.config
+            # The thread that prunes renews leases, too: it may not be late for that.
+            pruning = Pruning(store, config, longest_seconds=config.local_lease_seconds / 3)
+            self._own = (os.getpid(), store, pruning)
+        return self._own[1:]
 
     def keep_house(self) -> None:
-        """Prune the inbox, in chunks, about once a minute: where there is no relay, nobody else does.
+        """Prune, now and then: where there is no relay, nobody else does.
 
         Raises SQLAlchemy's errors.
         """
-        if time.monotonic() < self._next_prune:
-            return
-        self._next_prune = time.monotonic() + _PRUNE_EVERY
-        store, retention = self._own_store(), self.config.inbox_retention_seconds
-        while store.prune_inbox(retention, _PRUNE_CHUNK) == _PRUNE_CHUNK:
-            pass
+        _, pruning = self._of_this_process()
+        pruning.keep()
 
     @property
     def routing(self) -> Routing:

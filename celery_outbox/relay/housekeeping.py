@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import socket
 import time
 import uuid
-from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_outbox import events
 from celery_outbox.config import Config
+from celery_outbox.relay.pruning import Pruning
 from celery_outbox.storage.relays import Relays
 from celery_outbox.storage.store import Store
 
@@ -23,22 +21,16 @@ logger = logging.getLogger("celery_outbox.relay")
 
 #: How often a relay writes that it lives, at most.
 SIGN_OF_LIFE_SECONDS = 10.0
-_PRUNE_SECONDS = 60.0
-_CHUNK = 1000
-#: For how long a relay that was lost is remembered, with its last error.
-_REMEMBERED_SECONDS = 24 * 3600.0
 
 
 class Housekeeping:
-    """Prunes in chunks, about once a minute, and tells how the relay fares, every ten seconds.
+    """Prunes, and tells how the relay fares, every ten seconds.
 
-    Each chunk is a short transaction; the time that one `keep` takes is bounded, the rest follows with
-    the next. Raises SQLAlchemy's errors when the database is away.
+    Raises SQLAlchemy's errors when the database is away.
     """
 
     def __init__(self, store: Store, config: Config) -> None:
-        self._store = store
-        self._config = config
+        self._pruning = Pruning(store, config)
         self._relays = Relays(store.engine, store.tables)
         self._id = str(uuid.uuid4())
         self._confirmed = self._dead = self._lost = 0
@@ -48,8 +40,6 @@ class Housekeeping:
         self._told_at = time.monotonic()
         self._is_written = False
         self._next_sign = 0.0
-        # Relays that started together must not prune together.
-        self._next_prune = time.monotonic() + random.random() * _PRUNE_SECONDS
 
     def count(self, *, confirmed: int, dead: int, lost: int) -> None:
         """Add what was settled."""
@@ -67,9 +57,7 @@ class Housekeeping:
         if now >= self._next_sign:
             self._next_sign = now + SIGN_OF_LIFE_SECONDS
             self._give_sign(now)
-        if now >= self._next_prune:
-            self._next_prune = now + _PRUNE_SECONDS
-            self._prune()
+        self._pruning.keep()
 
     def end(self) -> None:
         """The relay has ended as it should: it is not missed. An absent database is no matter."""
@@ -95,33 +83,3 @@ class Housekeeping:
         )
         self._is_written, self._has_failed = True, False
         self._told, self._told_at = confirmed, now
-
-    def _prune(self) -> None:
-        config, store = self._config, self._store
-        self._in_chunks("inbox", lambda: store.prune_inbox(config.inbox_retention_seconds, _CHUNK))
-        retention = config.dead_letter_retention_seconds
-        if retention is not None:
-            dead = self._in_chunks(
-                "dead_letter", lambda: store.prune_dead_letters(retention, _CHUNK)
-            )
-            if dead:
-                logger.warning(
-                    "%d dead letter(s) deleted: older than outbox_dead_letter_retention_seconds=%g",
-                    dead,
-                    retention,
-                )
-        self._in_chunks("relay", lambda: self._relays.forget(_REMEMBERED_SECONDS, _CHUNK))
-
-    @staticmethod
-    def _in_chunks(table: str, prune: Callable[[], int]) -> int:
-        """Prune while chunks are full, for half of the time until the next time."""
-        ends = time.monotonic() + _PRUNE_SECONDS / 2
-        total = 0
-        while True:
-            count = prune()
-            total += count
-            if count < _CHUNK or time.monotonic() >= ends:
-                break
-        if total:
-            events.emit(events.PRUNED, table=table, count=total)
-        return total

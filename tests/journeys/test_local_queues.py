@@ -105,9 +105,8 @@ def test_the_worker_prunes_the_inbox(sites: Making) -> None:
     """There is no relay that would (P12)."""
     site = sites("local", outbox_inbox_retention_seconds=0.01)
     code = (
-        "from celery_outbox.local import queues\n"
-        "queues._PRUNE_EVERY = 0.1\n"
-        "site.outbox._local._next_prune = 0\n"
+        "from celery_outbox.relay import pruning\n"
+        "pruning._EVERY_SECONDS = 0.1\n"
         "from celery.bin.celery import main\n"
         "import sys; sys.argv = ['celery', '-A', 'tests.journeys.worker', 'worker', '-c1', '-linfo']\n"
         "main()\n"

@@ -9,12 +9,13 @@ import sqlalchemy as sa
 
 from celery_outbox import events
 from celery_outbox.relay.housekeeping import Housekeeping
+from celery_outbox.relay.pruning import Pruning
 from celery_outbox.storage.relays import Relays, SeenRelay
 from tests.support.waiting import wait_until
 from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop
 from tests.unit.test_cli import run
-from tests.unit.test_cli_storage import answer, fill
+from tests.unit.test_cli_storage import EVERY, answer, fill
 
 
 def seen(shop: Shop) -> list[SeenRelay]:
@@ -23,7 +24,7 @@ def seen(shop: Shop) -> list[SeenRelay]:
 
 def due(house: Housekeeping) -> Housekeeping:
     """Let all that it does be due."""
-    house._next_prune = house._next_sign = 0.0
+    house._pruning._next = house._next_sign = 0.0
     return house
 
 
@@ -88,6 +89,36 @@ def test_dead_letters_stay_unless_a_setting_says_for_how_long(
     assert shop.outbox.store.counts()["dead"] == 0
     assert told == [("pruned", {"table": "dead_letter", "count": 1})]
     assert "1 dead letter(s) deleted" in caplog.text
+
+
+def test_workers_of_local_queues_prune_as_relays_do(make_shop: MakeShop, database_url: str) -> None:
+    """P12: also dead letters, which local queues have too."""
+    shop = make_shop(database_url, outbox_dead_letter_retention_seconds=3600.0)
+    fill(shop)
+    long_ago = shop.outbox.store.dialect.after(-3600 * 24 * 365)
+    with shop.engine.begin() as connection:
+        connection.execute(sa.update(shop.outbox.tables.dead_letter).values(died_at=long_ago))
+        connection.execute(sa.update(shop.outbox.tables.inbox).values(handled_at=long_ago))
+    _, pruning = shop.outbox._local._of_this_process()
+    pruning._next = 0.0
+    shop.outbox._local.keep_house()
+    assert shop.outbox.store.counts() == {**EVERY, "dead": 0, "incoming": 0}
+
+
+def test_pruning_ends_in_time(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever prunes has leases to renew."""
+    monkeypatch.setattr("celery_outbox.relay.pruning._CHUNK", 1)
+    store = shop.outbox.store
+    with shop.engine.begin() as connection:
+        for key in "abc":
+            store.receive(connection, key, "shop.notify", key)
+        long_ago = store.dialect.after(-3600 * 24 * 365)
+        connection.execute(sa.update(shop.outbox.tables.inbox).values(handled_at=long_ago))
+    pruning = Pruning(store, shop.outbox.config, longest_seconds=0)
+    for left in (2, 1, 0):
+        pruning._next = 0.0
+        pruning.keep()
+        assert store.counts()["incoming"] == left
 
 
 def test_storage_prune_takes_dead_letters_where_a_setting_says_so(
