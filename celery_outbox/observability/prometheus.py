@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_outbox import events
 from celery_outbox.observability.figures import read_figures
+from celery_outbox.storage.selection import LOCAL_STATES
 
 if TYPE_CHECKING:
     from celery_outbox.plugin import Outbox
@@ -37,11 +38,12 @@ class OutboxCollector(Collector):
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Say what there will be without asking the database, which may be away at the start."""
-        yield from (_up(), _messages(), _lag(), _relays())
+        yield from (_up(), _messages(), _lag(), _relays(), _local_messages(), _local_lag())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Read the database."""
         up, messages, lag, relays = _up(), _messages(), _lag(), _relays()
+        local_messages, local_lag = _local_messages(), _local_lag()
         try:
             figures = read_figures(self._outbox.store)
         except SQLAlchemyError as exc:
@@ -54,7 +56,11 @@ class OutboxCollector(Collector):
             messages.add_metric([state], count)
         lag.add_metric([], figures.lag_seconds)
         relays.add_metric([], figures.relays)
-        yield from (up, messages, lag, relays)
+        for queue, each in figures.local_queues.items():
+            for state in LOCAL_STATES:
+                local_messages.add_metric([queue, state], getattr(each, state))
+            local_lag.add_metric([queue], each.lag_seconds)
+        yield from (up, messages, lag, relays, local_messages, local_lag)
 
 
 def _up() -> GaugeMetricFamily:
@@ -69,13 +75,30 @@ def _messages() -> GaugeMetricFamily:
 
 def _lag() -> GaugeMetricFamily:
     return GaugeMetricFamily(
-        "celery_outbox_lag_seconds", "How long the oldest message that is due has waited."
+        "celery_outbox_lag_seconds",
+        "How long the oldest message that is due has waited for a relay.",
     )
 
 
 def _relays() -> GaugeMetricFamily:
     return GaugeMetricFamily(
         "celery_outbox_relays", "Relays that have given a sign of life in the last minute."
+    )
+
+
+def _local_messages() -> GaugeMetricFamily:
+    return GaugeMetricFamily(
+        "celery_outbox_local_messages",
+        "Messages in local queues, by queue and state.",
+        labels=["queue", "state"],
+    )
+
+
+def _local_lag() -> GaugeMetricFamily:
+    return GaugeMetricFamily(
+        "celery_outbox_local_lag_seconds",
+        "How long the oldest message of a local queue that is due has waited.",
+        labels=["queue"],
     )
 
 

@@ -1,5 +1,6 @@
 """What Prometheus is told."""
 
+import json
 import re
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -73,6 +74,31 @@ def test_the_lag_is_that_of_the_oldest_which_is_due(
     assert 3600 <= scrape(registry)["celery_outbox_lag_seconds"] < 3700
 
 
+def test_gauges_of_local_queues(
+    make_shop: MakeShop, database_url: str, registry: CollectorRegistry
+) -> None:
+    """P17."""
+    shop = make_shop(database_url, outbox_local_queues=["emails", "media"])
+    registry.register(OutboxCollector(shop.outbox))
+    for queue, count in (("emails", 2), ("media", 1)):
+        for _ in range(count):
+            shop.notify.apply_async(queue=queue)
+    shop.notify.apply_async(queue="emails", countdown=1000)
+    local = shop.outbox.tables.local
+    an_hour_ago = datetime.now(timezone.utc) - timedelta(hours=1)
+    with shop.engine.begin() as connection:
+        old = update(local).where(local.c.queue == "media")
+        connection.execute(old.values(available_at=an_hour_ago))
+    found = scrape(registry)
+    queued = 'celery_outbox_local_messages{{queue="{}",state="{}"}}'
+    assert found[queued.format("emails", "due")] == 2
+    assert found[queued.format("emails", "scheduled")] == 1
+    assert found[queued.format("media", "taken")] == 0
+    assert found[state("due")] == 3
+    assert found['celery_outbox_local_lag_seconds{queue="emails"}'] < 3600
+    assert 3600 <= found['celery_outbox_local_lag_seconds{queue="media"}'] < 3700
+
+
 def test_a_database_that_is_away(make_shop: MakeShop, registry: CollectorRegistry) -> None:
     shop = make_shop("sqlite:////nowhere/at/all.sqlite", tables=False)
     registry.register(OutboxCollector(shop.outbox))
@@ -111,3 +137,18 @@ def test_the_examples_ask_for_what_there_is(
     asked = set(re.findall(r"celery_outbox_[a-z_]+", (MONITORING / name).read_text()))
     assert asked
     assert asked <= there_is
+    if name == "dashboard.json":
+        # The other way round, too. prometheus_client adds when a counter was made.
+        assert asked == {each for each in there_is if not each.endswith("_created")}
+
+
+def test_panels_have_places_of_their_own() -> None:
+    panels = json.loads((MONITORING / "dashboard.json").read_text())["panels"]
+    assert [panel["id"] for panel in panels] == list(range(1, len(panels) + 1))
+    places: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        columns = range(place["x"], place["x"] + place["w"])
+        taken = {(x, y) for x in columns for y in range(place["y"], place["y"] + place["h"])}
+        assert not places & taken, panel["title"]
+        places |= taken
