@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
-from celery_outbox.cli.context import outbox_of_app
+from celery_outbox.cli.context import errors_as_sentences, outbox_of_app
 
 if TYPE_CHECKING:
     from celery_outbox.relay.loop import Tally
@@ -25,20 +25,17 @@ def relay(ctx: click.Context, once: bool, loglevel: str) -> None:
     import logging
 
     from celery_outbox.checks import check
-    from celery_outbox.errors import OutboxError
     from celery_outbox.relay.process import run_until_told
 
     found = outbox_of_app(ctx)
     ctx.obj.app.log.setup(loglevel=loglevel.upper())
     logging.getLogger("celery_outbox").setLevel(loglevel.upper())
-    try:
+    with errors_as_sentences():
         check(found.app, found)
         if once:
             click.echo(_sentence(found.relay_once()))
         else:
             run_until_told(found.relay())
-    except OutboxError as exc:
-        raise click.ClickException(str(exc)) from exc
 
 
 def _sentence(tally: Tally) -> str:

@@ -167,6 +167,15 @@ def test_relay_refuses_to_start_without_its_tables(bare_shop: Shop) -> None:
     assert "'outbox' is missing" in result.output
 
 
+def test_relay_once_tells_that_the_database_is_away(make_shop: MakeShop) -> None:
+    """As every command does: 3 is no answer, and no traceback."""
+    shop = make_shop("postgresql+psycopg://nobody:s3cret@127.0.0.1:9/none", tables=False)
+    result = run(shop.app, "relay", "--once")
+    assert result.exit_code == 3
+    assert "Error: the database says:" in result.output
+    assert "s3cret" not in result.output
+
+
 @pytest.mark.parametrize(
     "words", [["relay", "--once"], ["schema", "create"], ["schema", "verify"], ["schema", "script"]]
 )
