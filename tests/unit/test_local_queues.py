@@ -13,6 +13,7 @@ from kombu import Connection, Exchange, Queue
 from sqlalchemy.orm import sessionmaker
 
 from celery_outbox import ConfigurationError, EnvelopeError, Outbox, events
+from celery_outbox.inbox.parking import Busy
 from celery_outbox.storage.administration import Administration
 from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop, engine_for
@@ -271,6 +272,18 @@ def test_a_message_that_is_requeued_too_often_is_a_dead_letter(
     assert (death["task"], death["error"]) == ("local.plain", error)
     assert f"is a dead letter: {error}" in caplog.text
     assert local.counts() == {}
+    local.close()
+
+
+def test_a_duplicate_of_what_still_runs_does_not_die(database_url: str) -> None:
+    """It may go back a hundred times while the first execution takes long."""
+    local = Local(database_url, outbox_local_max_attempts=1)
+    local.plain.delay()
+    for _ in range(3):
+        message = local.channel.basic_get("celery")
+        message.given_back_for = Busy("it is being executed", requeue=True)
+        message.requeue()
+    assert local.counts() == {"celery": {"due": 1, "scheduled": 0, "taken": 0}}
     local.close()
 
 
