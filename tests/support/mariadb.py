@@ -38,6 +38,8 @@ class MariaDB(Server):
         self._user = unprivileged_user("mysql") if os.geteuid() == 0 else None
         self.settings = {
             "datadir": str(self.folder / "data"),
+            # Two servers' temporary tables may get the same name.
+            "tmpdir": str(self.folder),
             "bind-address": self.host,
             "port": str(self.port),
             "socket": str(self.folder / "socket"),
@@ -129,6 +131,7 @@ class MariaDB(Server):
 
     def _initialize(self, data: Path) -> None:
         command: list[str | Path] = [self._install, "--no-defaults", f"--datadir={data}"]
+        command += [f"--tmpdir={self.folder}"]
         command += ["--auth-root-authentication-method=normal", "--skip-test-db"]
         command += ["--skip-name-resolve", "--innodb-flush-method=nosync"]
         command += ["--innodb-log-file-size=48M", "--innodb-use-native-aio=OFF"]
