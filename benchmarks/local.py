@@ -11,15 +11,16 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, text
 
 from benchmarks.figures import Figure, print_table
+from benchmarks.peers.procrastinate_queue import QUEUE
 from tests.support.guardian import family
 from tests.support.processes import Process
 from tests.support.waiting import wait_until
@@ -35,36 +36,42 @@ class Contender:
     name: str
     fill: Sequence[str]
     worker: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_LOCAL = {"BENCHMARK_KIND": "durable", "BENCHMARK_BROKER": "outbox://"}
 
 
 def _celery(*options: str) -> list[str]:
     program = str(Path(sys.executable).with_name("celery"))
-    return [program, "--app=benchmarks.local_app", "worker", "--loglevel=ERROR", *options]
+    return [program, "--app=benchmarks.effects_app", "worker", "--loglevel=ERROR", *options]
 
 
-def _procrastinate(queue: str) -> list[str]:
+def procrastinate_worker(queue: str) -> list[str]:
+    """Return the command that works off a queue of `effects_procrastinate`."""
     program = str(Path(sys.executable).with_name("procrastinate"))
-    app = "--app=benchmarks.local_procrastinate.app"
+    app = "--app=benchmarks.effects_procrastinate.app"
     options = ["--concurrency=4", f"--queues={queue}", "--delete-jobs=always"]
     return [program, app, "--log-level=error", "worker", *options]
 
 
 CONTENDERS = [
-    Contender("celery_outbox, prefork 4", ["local_app"], _celery("--concurrency=4")),
+    Contender("celery_outbox, prefork 4", ["effects_app"], _celery("--concurrency=4"), _LOCAL),
     Contender(
         "celery_outbox, threads 4",
-        ["local_app"],
+        ["effects_app"],
         _celery("--pool=threads", "--concurrency=4"),
+        _LOCAL,
     ),
     Contender(
         "procrastinate, 4 threads",
-        ["local_procrastinate", "threads"],
-        _procrastinate("threads"),
+        ["effects_procrastinate", QUEUE],
+        procrastinate_worker(QUEUE),
     ),
     Contender(
         "procrastinate, asyncio 4",
-        ["local_procrastinate", "asyncio"],
-        _procrastinate("asyncio"),
+        ["effects_procrastinate", "asyncio"],
+        procrastinate_worker("asyncio"),
     ),
 ]
 
@@ -77,6 +84,7 @@ class Run:
         self._messages = messages
         self._engine: Engine = create_engine(url)
         self._environment = {
+            **contender.environment,
             "BENCHMARK_DATABASE": url,
             "C_FORCE_ROOT": "1",
             "PYTHONPATH": os.pathsep.join(sys.path),

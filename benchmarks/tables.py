@@ -6,7 +6,18 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from benchmarks import after_commit, keep, latency, local, relay, scale, send, servicebus, worker
+from benchmarks import (
+    after_commit,
+    end_to_end,
+    keep,
+    latency,
+    local,
+    relay,
+    scale,
+    send,
+    servicebus,
+    worker,
+)
 
 TABLES = {
     "relay": relay.table,
@@ -15,6 +26,7 @@ TABLES = {
     "after_commit": after_commit.table,
     "worker": worker.table,
     "local": local.table,
+    "end_to_end": end_to_end.table,
     "keep": keep.table,
     "servicebus": servicebus.table,
     "scale": scale.table,

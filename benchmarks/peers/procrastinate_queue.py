@@ -9,6 +9,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 QUEUE = "bench"
+TASK = "benchmarks.task"
 
 
 class Procrastinate:
@@ -21,7 +22,7 @@ class Procrastinate:
         app.schema_manager.apply_schema()
         self._app = app
 
-        @app.task(name="benchmarks.task", queue=QUEUE)
+        @app.task(name=TASK, queue=QUEUE)
         def task(number: int, text: str) -> None: ...
 
         self._task = task

@@ -1,6 +1,6 @@
-"""The app beside it in table `local`: the same task with procrastinate. As a program it sends.
+"""The app beside `effects_app`: the same task with procrastinate. As a program it sends.
 
-BENCHMARK_DATABASE=... python -m benchmarks.local_procrastinate 10000
+BENCHMARK_DATABASE=... python -m benchmarks.effects_procrastinate 10000 bench
 """
 
 import os
@@ -12,13 +12,14 @@ from typing import Any
 import procrastinate
 import psycopg
 from psycopg_pool import AsyncConnectionPool
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker
 
-from benchmarks.local_app import EFFECT, EFFECTS
+from benchmarks.effects_app import EFFECT, EFFECTS
+from benchmarks.peers.procrastinate_queue import QUEUE, TASK, conninfo
 
 URL = os.environ["BENCHMARK_DATABASE"]
-DSN = URL.replace("postgresql+psycopg", "postgresql")
+DSN = conninfo(URL)
 
 engine = create_engine(URL, pool_size=10)
 Session = sessionmaker(engine)
@@ -26,18 +27,18 @@ app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=DSN))
 _pool: AsyncConnectionPool[Any] | None = None
 
 
-@app.task(name="effect", queue="threads")
-def effect(number: int) -> None:
+@app.task(name=TASK, queue=QUEUE)
+def effect(number: int, text: str = "") -> None:
     """As an application writes it that has no asyncio: procrastinate runs it in a thread."""
     with Session.begin() as session:
-        session.execute(text(EFFECT), {"number": number})
+        session.execute(EFFECT, {"number": number})
 
 
 @app.task(name="effect_async", queue="asyncio")
 async def effect_async(number: int) -> None:
     """As fast as it can be: without SQLAlchemy."""
     async with _connection() as connection:
-        await connection.execute(EFFECT.replace(":number", "%s"), (number,))
+        await connection.execute(EFFECT.text.replace(":number", "%s"), (number,))
 
 
 @asynccontextmanager
@@ -56,7 +57,7 @@ def fill(messages: int, queue: str) -> None:
         connection.execute("DROP SCHEMA public CASCADE")
         connection.execute("CREATE SCHEMA public")
         connection.execute(EFFECTS)
-    task = {"threads": "effect", "asyncio": "effect_async"}[queue]
+    task = {QUEUE: TASK, "asyncio": "effect_async"}[queue]
     with app.open() as opened:
         opened.schema_manager.apply_schema()
         deferrer = opened.configure_task(task, queue=queue)
