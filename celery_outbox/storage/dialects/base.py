@@ -211,7 +211,7 @@ class Dialect:
         first = self.first_of_each_key(outbox)
         return (
             select(columns.id)
-            .where(columns.ordering_key.is_not(None), columns.id.in_(first), self._due(outbox))
+            .where(columns.id.in_(first), self._due(outbox))
             .order_by(columns.available_at, columns.id)
             # Of a single place, each kind gets half.
             .limit((limit + random.getrandbits(1)) // 2)
