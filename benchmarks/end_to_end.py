@@ -49,7 +49,7 @@ class Way:
 
 def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    messages, rounds = (300, 1) if quick else (5_000, 5)
+    messages, rounds = (300, 1) if quick else (3_000, 5)
     engine = create_engine(database_url)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE orders (id serial PRIMARY KEY)"))

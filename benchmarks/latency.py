@@ -30,7 +30,7 @@ TITLE = "latency: from the commit to the execution, in milliseconds"
 
 def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    idle, seconds = (20, 1.0) if quick else (200, 10.0)
+    idle, longest, seconds = (20, 4.0, 1.0) if quick else (200, 60.0, 10.0)
     engine = create_engine(database_url)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE latency_orders (id serial, cents integer)"))
@@ -41,7 +41,7 @@ def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
                 sender.send(1)
                 sender.wait()
             for name, sending in (
-                ("idle", lambda sender=sender: sender.send_one_by_one(idle)),
+                ("idle", lambda sender=sender: sender.send_one_by_one(idle, longest)),
                 (f"{LOAD} messages/s", lambda sender=sender: sender.send_steadily(seconds)),
             ):
                 sending()
@@ -122,9 +122,12 @@ class _Sender:
         for number in numbers:
             self._note.delay(number, "x" * 190)
 
-    def send_one_by_one(self, messages: int) -> None:
-        """Send the next message when the one before has been executed."""
+    def send_one_by_one(self, messages: int, seconds: float) -> None:
+        """Send the next message when the one before has been executed, for so long at most."""
+        ends = time.monotonic() + seconds
         for _ in range(messages):
+            if time.monotonic() > ends:
+                break
             self.send(1)
             wait_until(self._all_noted, 30, "the execution", 0.005)
 

@@ -158,7 +158,7 @@ class Killer:
 
 def table(database_url: str, _broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    messages, rounds = (1_000, 1) if quick else (10_000, 3)
+    messages, rounds = (400, 1) if quick else (10_000, 3)
     spans: dict[str, list[float]] = {contender.name: [] for contender in CONTENDERS}
     for _ in range(rounds):
         for contender in CONTENDERS:
@@ -170,7 +170,7 @@ def table(database_url: str, _broker_url: str, *, quick: bool) -> dict[str, Any]
         [figure.name, f"{figure.rate:,.0f}", f"{figure.times_as_fast_as(beside):.2f}"]
         for figure in figures
     ]
-    killer = Killer(messages // 30)
+    killer = Killer(messages // (8 if quick else 30))
     run = Run(CONTENDERS[0], database_url, messages)
     seconds = run.seconds(2, killer)
     effects, tasks = run.effects()

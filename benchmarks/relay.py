@@ -31,7 +31,7 @@ ONE_BY_ONE = "bare publisher, one confirm per message"
 
 def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    messages, rounds = (1_000, 3) if quick else (10_000, 5)
+    messages, rounds = (1_000, 2) if quick else (10_000, 5)
     peer = DjangoOutbox(database_url, broker_url)
     report: dict[str, Any] = {"messages": messages, "bodies": {}, "charts": []}
     rows = []

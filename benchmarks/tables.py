@@ -32,6 +32,9 @@ TABLES = {
     "scale": scale.table,
 }
 
+#: What takes more rounds than `--quick` has time for: measured then only if it is named.
+SLOW = ("keep", "servicebus")
+
 
 def measure_table(name: str, database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure a table, print it, and return its figures.
