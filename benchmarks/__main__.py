@@ -32,7 +32,7 @@ def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(prog="scripts/bench")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--quick", action="store_true", help="all within two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer messages and rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the charts into DIR")
     options = parser.parse_args()
