@@ -215,12 +215,15 @@ class Store:
     def seconds_until_available(self) -> float | None:
         """Return how long it is until a row is available, by the database's clock; None: none waits.
 
-        0 or less: one is.
+        0 or less: one is. Looks from where the next claim begins.
         """
         outbox, now = self.tables.outbox, self.dialect.now()
         first = (
             select(outbox.c.available_at, now.label("now"))
-            .where(outbox.c.ordering_key.is_(None))
+            .where(
+                outbox.c.ordering_key.is_(None),
+                *self.dialect.begins_at(outbox, self._low_water.start()),
+            )
             .order_by(outbox.c.available_at)
             .limit(1)
         )

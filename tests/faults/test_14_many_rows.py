@@ -6,7 +6,7 @@ scheduled. While a snapshot keeps what was claimed before from going away, claim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,20 +83,33 @@ class _Look:
 
 def _look(site: Site) -> _Look:
     """Ask PostgreSQL how the next claim would find its rows; nothing is claimed."""
-    store, statements = site.outbox.store, list[tuple[str, Any]]()
+    store = site.outbox.store
+
+    def claim(connection: Connection) -> None:
+        start = store._low_water.start()
+        how: dict[str, Any] = {"limit": PAGE, "lease_seconds": 60, "token": "t", "start": start}
+        assert store.dialect.claim(connection, store.tables.outbox, **how)
+
+    return _explained(site, claim)
+
+
+def _explained(site: Site, run: Callable[[Connection], Any]) -> _Look:
+    """Ask PostgreSQL about the first statement that `run` executes, and undo it."""
+    statements: list[tuple[str, Any]] = []
 
     def see(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
         statements.append((statement, parameters))
 
     with site.engine.connect() as connection, connection.begin() as transaction:
-        event.listen(connection, "before_cursor_execute", see)
-        start = store._low_water.start()
-        how: dict[str, Any] = {"limit": PAGE, "lease_seconds": 60, "token": "t", "start": start}
-        assert store.dialect.claim(connection, store.tables.outbox, **how)
+        event.listen(site.engine, "before_cursor_execute", see)
+        try:
+            run(connection)
+        finally:
+            event.remove(site.engine, "before_cursor_execute", see)
         transaction.rollback()
-    (claim, parameters) = statements[0]
+        (statement, parameters) = statements[0]
     with site.engine.connect() as connection, connection.begin() as transaction:
-        explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {claim}"
+        explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
         (plan,) = connection.exec_driver_sql(explain, parameters).scalar_one()
         transaction.rollback()
     nodes = [node for node in _nodes(plan["Plan"]) if node.get("Relation Name") == "outbox"]
@@ -174,6 +187,9 @@ def test_claims_begin_behind_what_an_old_snapshot_keeps(
             look = _look(site)
             assert look.rows == before.rows
             assert look.pages < 1.2 * before.pages
+            # A relay that has nothing to do asks for when it will have.
+            asked = _explained(site, lambda _: site.outbox.store.seconds_until_available())
+            assert asked.pages < before.pages
             _relay_pages(site, 3)
 
 
