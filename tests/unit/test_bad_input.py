@@ -68,6 +68,7 @@ WRONG: dict[str, list[Any]] = {
     "capture": ["durables", "", "shop.*", 7],
     "batch_size": [0, -1, "500", 1.5, True],
     "max_attempts": [0, -1, "3", 1.5, True],
+    "local_max_attempts": [0, -1, "3", 1.5, True],
     "relay_tick_seconds": [-1, "1", True],
     "lease_seconds": [0, -1, "60", True],
     "confirm_timeout_seconds": [0, -1, "x"],

@@ -129,7 +129,7 @@ def test_rabbitmq_keeps_persistent_messages_through_a_kill() -> None:
             connection.connect()
         server.restart()
         # A queue comes up by itself, shortly after its vhost.
-        wait_until(lambda: server.queue_depths(url) == {"kept": 1}, 10, "the message")
+        wait_until(lambda: server.queue_depths(url) == {"kept": 1}, 60, "the message")
 
 
 def test_rabbitmq_counts_queues_of_one_vhost(rabbitmq_server: RabbitMQ, amqp_url: str) -> None:
