@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event
+import psycopg
+import pytest
+from sqlalchemy import Connection, create_engine, event, text
 
 from celery_outbox.storage.rows import row_of
 from celery_outbox.storage.store import Store
@@ -10,10 +12,16 @@ from celery_outbox.testing.contract.database import Database
 from celery_outbox.testing.contract.inserting import stage_many
 from celery_outbox.testing.contract.outgoing import claim, envelope, ids
 
+ROWS = [row_of(envelope(label)) for label in ("a", "b")]
 
-def test_few_statements_which_listeners_see(store: Store, database: Database) -> None:
-    if database.name != "postgresql":
-        return
+
+@pytest.fixture
+def outbox_contract_database(postgresql_url: str) -> Database:
+    """PostgreSQL alone."""
+    return Database.at(postgresql_url)
+
+
+def test_few_statements_which_listeners_see(store: Store) -> None:
     seen: list[str] = []
     event.listen(
         store.engine, "before_cursor_execute", lambda _c, _u, statement, *_: seen.append(statement)
@@ -22,25 +30,36 @@ def test_few_statements_which_listeners_see(store: Store, database: Database) ->
     assert len([each for each in seen if each.startswith("INSERT INTO")]) == 1
 
 
-def test_a_connection_keeps_its_kind_of_cursor(store: Store, database: Database) -> None:
-    if database.name != "postgresql":
-        return
-    import psycopg
+class Cursor(psycopg.ClientCursor[Any]):
+    """An app's own kind."""
 
-    class Cursor(psycopg.ClientCursor[Any]):
-        pass
 
-    def kind(connection: Connection) -> Any:
-        return connection.connection.dbapi_connection.cursor_factory  # type: ignore[union-attr]
+def _kind(connection: Connection) -> Any:
+    return connection.connection.dbapi_connection.cursor_factory  # type: ignore[union-attr]
 
-    rows = [row_of(envelope(label)) for label in ("a", "b")]
+
+def test_a_connection_keeps_its_kind_of_cursor(store: Store) -> None:
     with store.engine.begin() as connection:
-        before = kind(connection)
-        store.stage(connection, rows)
-        assert kind(connection) is before
+        before = _kind(connection)
+        store.stage(connection, ROWS)
+        assert _kind(connection) is before
     engine = create_engine(store.engine.url, connect_args={"cursor_factory": Cursor})
     with engine.begin() as connection:
-        store.stage(connection, rows)
-        assert kind(connection) is Cursor
+        store.stage(connection, ROWS)
+        assert _kind(connection) is Cursor
     engine.dispose()
     assert ids(claim(store)) == ["a", "b", "a", "b"]
+
+
+def test_a_connection_whose_schemas_are_translated(store: Store) -> None:
+    """As apps with a schema for each tenant do."""
+    with store.engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA tenant"))
+        connection.execute(text("CREATE TABLE tenant.outbox (LIKE outbox INCLUDING ALL)"))
+    translated = store.engine.execution_options(schema_translate_map={None: "tenant"})
+    with translated.begin() as connection:
+        store.stage(connection, ROWS)
+    with store.engine.connect() as connection:
+        found = connection.execute(text("SELECT task_id FROM tenant.outbox ORDER BY id"))
+        assert found.scalars().all() == ["a", "b"]
+    assert not claim(store).rows

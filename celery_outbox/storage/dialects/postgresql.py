@@ -32,7 +32,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from celery_outbox.storage.dialects.base import RECEIVED, Dialect, lock_of
-from celery_outbox.storage.dialects.psycopg3 import NotificationListener, RawInsert, raw_cursors
+from celery_outbox.storage.dialects.psycopg3 import (
+    NotificationListener,
+    RawInsert,
+    raw_cursors,
+    takes_raw,
+)
 from celery_outbox.storage.low_water import Mark
 from celery_outbox.storage.notifications import Listener
 from celery_outbox.storage.tables import UTCDateTime
@@ -157,12 +162,12 @@ class PostgreSQL(Dialect):
         rows: Sequence[Mapping[str, Any]],
         channel: str | None,
     ) -> None:
-        with raw_cursors(connection) as are_raw:
-            if not are_raw or _translates_schemas(connection):
-                super().insert(connection, table, rows, channel)
-                return
-            is_large = any(len(row["body"]) > _LARGE for row in rows)
-            first = 0
+        if _translates_schemas(connection) or not takes_raw(connection):
+            super().insert(connection, table, rows, channel)
+            return
+        is_large = any(len(row["body"]) > _LARGE for row in rows)
+        first = 0
+        with raw_cursors(connection):
             while first < len(rows):
                 left = 1 if is_large else len(rows) - first
                 # Few sizes, for each is a statement that is kept and prepared.

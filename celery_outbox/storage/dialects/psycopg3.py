@@ -10,25 +10,29 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Insert
 from sqlalchemy.exc import OperationalError
 
-__all__ = ["NotificationListener", "RawInsert", "raw_cursors"]
+__all__ = ["NotificationListener", "RawInsert", "raw_cursors", "takes_raw"]
+
+
+def takes_raw(connection: Connection) -> bool:
+    """Whether `raw_cursors` can be had."""
+    # Not of async connections. A user may have had a reason for another kind of cursor.
+    driver: Any = connection.connection.dbapi_connection
+    psycopg: Any = connection.dialect.loaded_dbapi
+    return getattr(driver, "cursor_factory", None) is psycopg.Cursor
 
 
 @contextmanager
-def raw_cursors(connection: Connection) -> Iterator[bool]:
-    """Let psycopg take statements with the server's own parameters, ``$1``; False: it can't.
+def raw_cursors(connection: Connection) -> Iterator[None]:
+    """Let psycopg take statements with the server's own parameters, ``$1``, and no others.
 
     It need not look for parameters in the text then. SQLAlchemy's part, with its events and errors, is
     what it always is.
     """
-    psycopg: Any = connection.dialect.loaded_dbapi
     driver: Any = connection.connection.dbapi_connection
-    # Not for async connections. A user may have had a reason for another kind of cursor.
-    if getattr(driver, "cursor_factory", None) is not psycopg.Cursor:
-        yield False
-        return
+    psycopg: Any = connection.dialect.loaded_dbapi
     driver.cursor_factory = psycopg.RawCursor
     try:
-        yield True
+        yield
     finally:
         driver.cursor_factory = psycopg.Cursor
 
