@@ -83,11 +83,9 @@ class Capture:
 
     def _producer(self, producer: Producer | None = None) -> Any:
         """Stand in for ``producer_or_acquire``."""
-        return (
-            PooledProducer(self._app, self._acquire)
-            if producer is None
-            else self._acquire(producer)
-        )
+        if producer is not None:
+            return self._acquire(producer)
+        return PooledProducer(self._app, self._acquire)
 
     def _send(self, producer: AnyProducer, name: str, message: Any, **options: Any) -> Any:
         """Stand in for ``send_task_message``."""
