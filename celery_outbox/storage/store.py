@@ -332,7 +332,7 @@ class Store:
         # error that somebody has swallowed, it fails. COMMIT would not, and commit nothing.
         if not (is_recorded and self.dialect.is_sound(connection)):
             values = {"row": key, "state": state, "outcome": outcome}
-            if not connection.execute(self._record, values).rowcount:
+            if not self.dialect.change(connection, self._record, values):
                 # A deadlock, on MySQL, ends the transaction and lets the next statement begin another.
                 raise TransactionLost
         if forget:

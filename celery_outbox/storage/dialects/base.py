@@ -378,7 +378,13 @@ class Dialect:
         self, connection: Connection, statement: Executable, values: Mapping[str, Any]
     ) -> bool:
         """Execute what `receive` returned; say whether a row was inserted."""
-        return connection.execute(statement, values).rowcount > 0
+        return self.change(connection, statement, values) > 0
+
+    def change(
+        self, connection: Connection, statement: Executable, values: Mapping[str, Any]
+    ) -> int:
+        """Execute a statement that was built once; return how many rows it inserted or updated."""
+        return connection.execute(statement, values).rowcount
 
     def forget(self, connection: Connection, outbox: Table, key: str) -> int:
         """Delete the envelopes of a key, in a transaction of the app."""

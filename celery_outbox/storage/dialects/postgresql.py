@@ -35,6 +35,7 @@ from celery_outbox.storage.dialects.base import RECEIVED, Dialect, lock_of
 from celery_outbox.storage.dialects.psycopg3 import (
     NotificationListener,
     RawInsert,
+    RawStatement,
     raw_cursors,
     takes_raw,
 )
@@ -60,6 +61,7 @@ class PostgreSQL(Dialect):
     def __init__(self) -> None:
         super().__init__()
         self._inserts: dict[tuple[Table, str | None, int], RawInsert] = {}
+        self._changes: dict[Executable, RawStatement] = {}
 
     def now(self) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.
@@ -208,6 +210,15 @@ class PostgreSQL(Dialect):
             .on_conflict_do_nothing()
             .execution_options(preserve_rowcount=True)
         )
+
+    def change(
+        self, connection: Connection, statement: Executable, values: Mapping[str, Any]
+    ) -> int:
+        if _translates_schemas(connection) or not takes_raw(connection):
+            return super().change(connection, statement, values)
+        if (raw := self._changes.get(statement)) is None:
+            raw = self._changes[statement] = RawStatement(connection, statement)
+        return raw.execute(connection, values)
 
     def is_sound(self, connection: Connection) -> bool:
         # libpq knows from the database's last answer.

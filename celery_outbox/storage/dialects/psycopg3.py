@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Insert
+from sqlalchemy import Connection, Engine, Executable, Insert
 from sqlalchemy.exc import OperationalError
 
-__all__ = ["NotificationListener", "RawInsert", "raw_cursors", "takes_raw"]
+__all__ = ["NotificationListener", "RawInsert", "RawStatement", "raw_cursors", "takes_raw"]
 
 
 def takes_raw(connection: Connection) -> bool:
@@ -37,6 +37,12 @@ def raw_cursors(connection: Connection) -> Iterator[None]:
         driver.cursor_factory = psycopg.Cursor
 
 
+def _with_servers_parameters(connection: Connection, statement: Executable) -> Any:
+    dialect: Any = type(connection.dialect)
+    compile_: Any = statement.compile  # type: ignore[attr-defined]
+    return compile_(dialect=dialect(paramstyle="numeric_dollar"))
+
+
 class RawInsert:
     """An insert of `size` rows in one statement for `raw_cursors`.
 
@@ -44,8 +50,7 @@ class RawInsert:
     """
 
     def __init__(self, connection: Connection, statement: Insert, size: int) -> None:
-        dialect: Any = type(connection.dialect)
-        compiled: Any = statement.compile(dialect=dialect(paramstyle="numeric_dollar"))
+        compiled = _with_servers_parameters(connection, statement)
         names: list[str] = compiled.positiontup
         of_first = [name.removesuffix("__0") for name in names if name.endswith("__0")]
         self._text = str(compiled)
@@ -57,6 +62,23 @@ class RawInsert:
         """Insert `size` rows."""
         parameters = [value for row in rows for value in self._values(row)]
         connection.exec_driver_sql(self._text, (*parameters, *self._constants))
+
+
+class RawStatement:
+    """A statement of one row for `raw_cursors`; all its parameters are given when it is executed."""
+
+    def __init__(self, connection: Connection, statement: Executable) -> None:
+        compiled = _with_servers_parameters(connection, statement)
+        self._text = str(compiled)
+        self._values: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(
+            *compiled.positiontup
+        )
+
+    def execute(self, connection: Connection, values: Mapping[str, Any]) -> int:
+        """Return how many rows it has inserted or updated."""
+        options = {"preserve_rowcount": True}
+        with raw_cursors(connection):
+            return connection.exec_driver_sql(self._text, self._values(values), options).rowcount
 
 
 class NotificationListener:
