@@ -165,7 +165,9 @@ def test_an_operator_does_not_wait_for_the_app(store: Store, count: int) -> None
 def test_inserts_under_load_never_wait(store: Store, database: Database, senders: int) -> None:
     """P4, measured: a single connection has no patience at all, while two relays are at work.
 
-    Of several the inserts may wait for one another, for a moment.
+    Of several the inserts may wait for one another, for a moment: where a page of InnoDB splits, the
+    lock of a row that is not committed yet is handed on to the gap (`lock_rec_inherit_to_gap`), unless
+    its transaction is READ COMMITTED, as the relay's are.
     """
     if database.never_waits is None:
         pytest.skip("it can't be told to wait for no time")
