@@ -298,6 +298,10 @@ class InboxTransaction:
             with suppress(DBAPIError):
                 session.close()
         if connection is not None:
+            # The body may have left a session open, which a traceback still holds.
+            for scope in open_scopes():
+                if isinstance(scope, SessionScope) and scope.connection is connection:
+                    scope.rolled_back()
             with suppress(DBAPIError):
                 connection.close()
         if savepoint is not None:

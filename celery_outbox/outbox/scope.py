@@ -220,7 +220,7 @@ class SessionScope:
         self._staged = [entry for entry in self._staged if not _is_inside(entry[0], savepoint)]
 
     def rolled_back(self) -> None:
-        """The session has rolled back its root transaction, because somebody meant it."""
+        """The root transaction is undone: somebody meant it, or the transaction around it is over."""
         self._staged.clear()
         self._finished = True
 

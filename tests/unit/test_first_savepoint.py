@@ -11,6 +11,7 @@ from celery.app.trace import build_tracer
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from celery_outbox import Outbox, durable_task
+from celery_outbox.outbox.scope import open_scopes
 from celery_outbox.storage.engine import engine_from_url
 from celery_outbox.storage.store import Store
 
@@ -269,6 +270,25 @@ def test_a_session_that_commits_after_an_error_is_told(on_postgresql: Place) -> 
 
     on_postgresql.run(body)
     assert (on_postgresql.effects(), on_postgresql.state()) == ([], "FAILURE")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_session_that_the_body_leaves_open_is_over_with_the_task(
+    place: Place, fails: bool
+) -> None:
+    """Whoever holds it, a traceback for instance: what is sent next is not sent into it."""
+    held: list[Session] = []
+
+    def body(_self: Any) -> None:
+        held.append(place.Session())
+        add(held[0], "undone")
+        if fails:
+            raise RuntimeError("on purpose")
+
+    place.run(body)
+    assert held[0].in_transaction()
+    assert open_scopes() == []
+    held[0].close()
 
 
 def test_a_database_that_goes_away_gives_the_delivery_back(on_postgresql: Place) -> None:
