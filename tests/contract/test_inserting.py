@@ -38,14 +38,23 @@ def _kind(connection: Connection) -> Any:
     return connection.connection.dbapi_connection.cursor_factory  # type: ignore[union-attr]
 
 
+def handle(store: Store, connection: Connection, key: str) -> None:
+    """Claim an execution, twice, and record its outcome."""
+    assert store.receive(connection, key, "t", key)
+    assert not store.receive(connection, key, "t", key)
+    store.record(connection, key, "SUCCESS", f"of {key}", forget=False)
+
+
 def test_a_connection_keeps_its_kind_of_cursor(store: Store) -> None:
     with store.engine.begin() as connection:
         before = _kind(connection)
         store.stage(connection, ROWS)
+        handle(store, connection, "first")
         assert _kind(connection) is before
     engine = create_engine(store.engine.url, connect_args={"cursor_factory": Cursor})
     with engine.begin() as connection:
         store.stage(connection, ROWS)
+        handle(store, connection, "second")
         assert _kind(connection) is Cursor
     engine.dispose()
     assert ids(claim(store)) == ["a", "b", "a", "b"]
@@ -56,10 +65,14 @@ def test_a_connection_whose_schemas_are_translated(store: Store) -> None:
     with store.engine.begin() as connection:
         connection.execute(text("CREATE SCHEMA tenant"))
         connection.execute(text("CREATE TABLE tenant.outbox (LIKE outbox INCLUDING ALL)"))
+        connection.execute(text("CREATE TABLE tenant.inbox (LIKE inbox INCLUDING ALL)"))
     translated = store.engine.execution_options(schema_translate_map={None: "tenant"})
     with translated.begin() as connection:
         store.stage(connection, ROWS)
+        handle(store, connection, "third")
     with store.engine.connect() as connection:
+        outcomes = connection.execute(text("SELECT key, outcome FROM tenant.inbox"))
+        assert outcomes.all() == [("third", "of third")]
         found = connection.execute(text("SELECT task_id FROM tenant.outbox ORDER BY id"))
         assert found.scalars().all() == ["a", "b"]
     assert not claim(store).rows

@@ -281,7 +281,7 @@ def test_a_session_that_the_body_leaves_open_is_over_with_the_task(
 
     def body(_self: Any) -> None:
         held.append(place.Session())
-        add(held[0], "undone")
+        add(held[0], "written")
         if fails:
             raise RuntimeError("on purpose")
 

@@ -164,7 +164,7 @@ class PostgreSQL(Dialect):
         rows: Sequence[Mapping[str, Any]],
         channel: str | None,
     ) -> None:
-        if _translates_schemas(connection) or not takes_raw(connection):
+        if not takes_raw(connection):
             super().insert(connection, table, rows, channel)
             return
         is_large = any(len(row["body"]) > _LARGE for row in rows)
@@ -214,7 +214,7 @@ class PostgreSQL(Dialect):
     def change(
         self, connection: Connection, statement: Executable, values: Mapping[str, Any]
     ) -> int:
-        if _translates_schemas(connection) or not takes_raw(connection):
+        if not takes_raw(connection):
             return super().change(connection, statement, values)
         if (raw := self._changes.get(statement)) is None:
             raw = self._changes[statement] = RawStatement(connection, statement)
@@ -224,7 +224,3 @@ class PostgreSQL(Dialect):
         # libpq knows from the database's last answer.
         driver: Any = connection.connection.dbapi_connection
         return connection.dialect.driver == "psycopg" and driver.info.transaction_status == _OPEN
-
-
-def _translates_schemas(connection: Connection) -> bool:
-    return bool(connection.get_execution_options().get("schema_translate_map"))

@@ -15,7 +15,10 @@ __all__ = ["NotificationListener", "RawInsert", "RawStatement", "raw_cursors", "
 
 def takes_raw(connection: Connection) -> bool:
     """Whether `raw_cursors` can be had."""
-    # Not of async connections. A user may have had a reason for another kind of cursor.
+    # Not of async connections. A user may have had a reason for another kind of cursor. The names of
+    # translated schemas are SQLAlchemy's parameters in the text.
+    if connection.get_execution_options().get("schema_translate_map"):
+        return False
     driver: Any = connection.connection.dbapi_connection
     psycopg: Any = connection.dialect.loaded_dbapi
     return getattr(driver, "cursor_factory", None) is psycopg.Cursor
