@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -15,7 +16,7 @@ from celery_outbox.errors import OutboxError
 from tests.journeys.site import Site, new_tag
 from tests.support.waiting import wait_until
 
-__all__ = ["FLOWS", "PREFORK_FLOWS", "Flow", "Run"]
+__all__ = ["FLOWS", "PREFORK_FLOWS", "Flow", "Run", "Runs"]
 
 #: The flow has no result that anybody could wait for.
 NOTHING = object()
@@ -111,6 +112,21 @@ class Run:
             f"{self.tag}: effects {effects}, should be {sorted(self.flow.effects)}; "
             f"bodies entered: {runs}"
         )
+
+
+class Runs(dict[str, Run]):
+    """The runs of `flows` at one site, started at once, by the names of the flows."""
+
+    def __init__(self, site: Site, flows: Iterable[Flow], timeout: float = 180.0) -> None:
+        super().__init__({flow.name: flow.start(site) for flow in flows})
+        self.site = site
+        self._deadline = time.monotonic() + timeout
+
+    def finish(self, name: str) -> Run:
+        """Wait for the end of one; a site that has come to a stop costs the time of all once."""
+        run = self[name]
+        run.finish(max(self._deadline - time.monotonic(), 1))
+        return run
 
 
 def _unread(result: Any) -> Any:

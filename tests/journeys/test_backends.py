@@ -2,29 +2,26 @@
 
 import pytest
 
-from tests.journeys.flows import FLOWS, Flow, Run
+from tests.journeys.flows import FLOWS, Flow, Runs
 from tests.journeys.making import Making
 from tests.journeys.site import new_tag
 
-DATABASE_FLOWS = ["plain", "chain", "group", "chord", "retry", "failure", "spawn"]
+_NAMES = ["plain", "chain", "group", "chord", "retry", "failure", "spawn"]
+DATABASE_FLOWS = [flow for flow in FLOWS if flow.name in _NAMES]
 
 
 @pytest.fixture(scope="module")
-def database_runs(module_sites: Making) -> dict[str, Run]:
+def database_runs(module_sites: Making) -> Runs:
     """Flows whose results are in a database, on RabbitMQ."""
     site = module_sites("amqp", backend="database")
     site.worker()
     site.relay()
-    return {flow.name: flow.start(site) for flow in FLOWS if flow.name in DATABASE_FLOWS}
+    return Runs(site, DATABASE_FLOWS)
 
 
-@pytest.mark.parametrize(
-    "flow", [flow for flow in FLOWS if flow.name in DATABASE_FLOWS], ids=lambda flow: flow.name
-)
-def test_a_database(flow: Flow, database_runs: dict[str, Run]) -> None:
-    run = database_runs[flow.name]
-    run.finish()
-    run.verify()
+@pytest.mark.parametrize("flow", DATABASE_FLOWS, ids=_NAMES)
+def test_a_database(flow: Flow, database_runs: Runs) -> None:
+    database_runs.finish(flow.name).verify()
 
 
 def test_rpc(sites: Making) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.journeys.flows import FLOWS, Flow, Run
+from tests.journeys.flows import FLOWS, Flow, Runs
 from tests.journeys.making import Making
 
 POOLS = {
@@ -13,23 +13,21 @@ POOLS = {
 
 
 @pytest.fixture(scope="module", params=list(POOLS.values()), ids=list(POOLS))
-def runs(request: pytest.FixtureRequest, module_sites: Making) -> dict[str, Run]:
-    """All flows, started at once."""
+def runs(request: pytest.FixtureRequest, module_sites: Making) -> Runs:
+    """All flows, in this pool."""
     broker, *arguments = request.param
     site = module_sites(broker)
     site.worker(*arguments)
     site.relay()
-    return {flow.name: flow.start(site) for flow in FLOWS}
+    return Runs(site, FLOWS)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=[flow.name for flow in FLOWS])
-def test_each_effect_and_the_result(flow: Flow, runs: dict[str, Run]) -> None:
-    run = runs[flow.name]
-    run.finish()
-    run.verify()
+def test_each_effect_and_the_result(flow: Flow, runs: Runs) -> None:
+    runs.finish(flow.name).verify()
 
 
-def test_nothing_is_left(runs: dict[str, Run]) -> None:
-    runs["plain"].site.wait_quiet()
+def test_nothing_is_left(runs: Runs) -> None:
+    runs.site.wait_quiet()
     for run in runs.values():
         run.verify()
