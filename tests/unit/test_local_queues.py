@@ -19,7 +19,7 @@ from tests.unit.conftest import MakeShop
 from tests.unit.shop import Shop, engine_for
 
 #: A time that comes after the test.
-LATER = datetime.now(timezone.utc) + timedelta(hours=1)
+LATER = datetime.now(timezone.utc) + timedelta(days=1)
 
 
 class Local:
