@@ -9,11 +9,12 @@ a skip.
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.journeys.site import open_sites
 from tests.support.mariadb import MariaDB
 from tests.support.record import VARIABLE as RECORD
 from tests.support.record import Recorder, used
@@ -28,6 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Record what is run on, if the environment names a file for that."""
     if file := os.environ.pop(RECORD, None):
         config.pluginmanager.register(Recorder(Path(file).absolute()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a test that fails what the processes of its sites have logged."""
+    report = yield
+    if report.failed:
+        processes = [process for site in open_sites for process in site.processes]
+        report.sections += [(f"log of {one.name}", one.describe()) for one in processes]
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from tests.journeys.points import Points
 from tests.support.processes import Process, celery_beat, celery_worker, outbox_relay
 from tests.support.waiting import wait_until
 
-__all__ = ["Base", "Effect", "Setup", "Site"]
+__all__ = ["Base", "Effect", "Setup", "Site", "open_sites"]
 
 ROOT = Path(__file__).parents[2]
 _VARIABLE = "CELERY_OUTBOX_TEST_SITE"
@@ -79,6 +79,10 @@ class Setup:
         return cls(**json.loads(os.environ[_VARIABLE]))
 
 
+#: For the report of a test that fails.
+open_sites: list[Site] = []
+
+
 class Site:
     """An app with an Outbox, and the processes that were started for it."""
 
@@ -88,7 +92,8 @@ class Site:
         self.points = Points(self.folder)
         self._journal = self.folder / "journal"
         self._left = left
-        self._processes = ExitStack()
+        self.processes: list[Process] = []
+        self._ending = ExitStack()
         sqlite = setup.database.startswith("sqlite")
         self.engine = create_engine(
             setup.database, connect_args={"timeout": 30} if sqlite else {"connect_timeout": 10}
@@ -98,6 +103,7 @@ class Site:
         self.app.conf.update({**_SETTINGS, **setup.settings})
         self.app.site = self
         self.outbox = Outbox(self.app, self.Session)
+        open_sites.append(self)
 
     def create(self) -> Site:
         """Create the tables."""
@@ -108,7 +114,8 @@ class Site:
 
     def close(self) -> None:
         """End the processes, and the connections of this one."""
-        self._processes.close()
+        open_sites.remove(self)
+        self._ending.close()
         if self.setup.settings.get("outbox_publish_after_commit"):
             self.outbox.fast_path.stop()
         # Results that are collected later must not look for a server that is gone.
@@ -162,7 +169,8 @@ class Site:
         return {**self.setup.environment(), **options.pop("env", {})}
 
     def _keep(self, process: Process) -> Process:
-        return self._processes.enter_context(process)
+        self.processes.append(process)
+        return self._ending.enter_context(process)
 
     # Sending
 
