@@ -116,7 +116,8 @@ class Points:
             return
         mark = f"{point}~{quote(key, safe='') if order['each'] else ''}"
         if self._mark(mark, 0):
-            os.kill(os.getpid(), order["signal"])
+            # Not os.kill: another thread may take it, and until that one runs this one goes on.
+            signal.raise_signal(order["signal"])
 
     def _mark(self, name: str, skip: int) -> bool:
         """Leave a mark that was not there; with `skip`, say whether all numbered marks are there."""
