@@ -30,7 +30,7 @@ TITLE = "latency: from the commit to the execution, in milliseconds"
 
 def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    idle, longest, seconds = (20, 4.0, 1.0) if quick else (200, 60.0, 10.0)
+    idle, longest, seconds = (8, 2.0, 1.0) if quick else (200, 60.0, 10.0)
     engine = create_engine(database_url)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE latency_orders (id serial, cents integer)"))

@@ -158,7 +158,7 @@ class Killer:
 
 def table(database_url: str, _broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    messages, rounds = (400, 1) if quick else (10_000, 3)
+    messages, rounds = (160, 1) if quick else (10_000, 3)
     spans: dict[str, list[float]] = {contender.name: [] for contender in CONTENDERS}
     for _ in range(rounds):
         for contender in CONTENDERS:

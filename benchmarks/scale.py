@@ -172,7 +172,7 @@ def _relays(
     outbox: Outbox, database_url: str, broker_url: str, count: int, *, quick: bool
 ) -> dict[str, Any]:
     """Empty the table by several processes, while the app inserts."""
-    messages = 10_000 if quick else 100_000
+    messages = 6_000 if quick else 100_000
     _load(outbox, messages)
     empty_queue(broker_url, QUEUE)
     stop, inserted = Event(), list[float]()

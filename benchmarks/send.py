@@ -72,7 +72,7 @@ class _Sessions:
 
 def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    transactions, rounds = (150, 5) if quick else (400, 9)
+    transactions, rounds = (50, 3) if quick else (400, 9)
     engine = create_engine(database_url)
     Base.metadata.create_all(engine)
     outbox, durable = _durable(database_url, broker_url)
