@@ -1,13 +1,15 @@
 """The claim of an execution goes to PostgreSQL together with the BEGIN of its transaction."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from psycopg import pq
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_outbox.storage.store import Store
@@ -24,14 +26,14 @@ class Struck(Exception):
     """As a soft time limit is raised: by a signal, wherever the code is."""
 
 
+def strike() -> None:
+    raise Struck
+
+
 @contextmanager
-def struck_after(seconds: float) -> Iterator[None]:
-    """Raise `Struck` in the block."""
-
-    def strike(_number: int, _frame: FrameType | None) -> None:
-        raise Struck
-
-    before = signal.signal(signal.SIGALRM, strike)
+def meanwhile(action: Callable[[], object], seconds: float = 0.2) -> Iterator[None]:
+    """Do something while the block waits."""
+    before = signal.signal(signal.SIGALRM, lambda *_: action())
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -53,20 +55,22 @@ def of_driver(connection: Connection) -> Any:
     return connection.connection.dbapi_connection
 
 
-def commands_of(engine: Engine, connection: Connection) -> str:
-    """The last statement that the server has read on a connection."""
-    query = text("SELECT query FROM pg_stat_activity WHERE pid = :pid")
-    with engine.connect() as other:
-        found: str = other.execute(
-            query, {"pid": of_driver(connection).info.backend_pid}
-        ).scalar_one()
-        return found
+def test_both_are_sent_before_anything_is_answered(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    with store.engine.connect() as connection, path.open("w") as trace:
+        pgconn = of_driver(connection).pgconn
+        pgconn.trace(trace.fileno())
+        pgconn.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
+        assert claim(store, connection)
+        pgconn.untrace()
+        sent, answer, _ = path.read_text().partition("\nB\t")
+    assert answer
+    assert ("BEGIN" in sent, "INSERT INTO inbox" in sent) == (True, True)
 
 
 def test_it_is_in_a_transaction(store: Store) -> None:
     with store.engine.connect() as connection:
         assert claim(store, connection)
-        assert commands_of(store.engine, connection).startswith("INSERT INTO inbox")
         connection.rollback()
         assert not is_claimed(store)
         assert claim(store, connection)
@@ -142,17 +146,9 @@ def test_a_connection_that_is_ended_meanwhile(store: Store) -> None:
         other.execute(text("LOCK TABLE inbox"))
         with store.engine.connect() as connection:
             pid = of_driver(connection).info.backend_pid
-
-            def end(_number: int, _frame: FrameType | None) -> None:
-                other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-
-            before = signal.signal(signal.SIGALRM, end)
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
-            try:
-                with pytest.raises(OperationalError) as caught:
-                    claim(store, connection)
-            finally:
-                signal.signal(signal.SIGALRM, before)
+            end = partial(other.execute, text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+            with meanwhile(end), pytest.raises(OperationalError) as caught:
+                claim(store, connection)
     assert caught.value.connection_invalidated
 
 
@@ -161,7 +157,7 @@ def test_a_time_limit_that_strikes_meanwhile(store: Store) -> None:
     with store.engine.begin() as other:
         other.execute(text("LOCK TABLE inbox"))
         connection = store.engine.connect()
-        with struck_after(0.2), pytest.raises(Struck):
+        with meanwhile(strike), pytest.raises(Struck):
             claim(store, connection)
         assert of_driver(connection).closed
         with pytest.raises(OperationalError, match="the connection is closed"):

@@ -102,7 +102,7 @@ def _begin_with(
     while pgconn.flush():
         yield psycopg.waiting.WAIT_W
     results: list[Any] = []
-    while len(results) < len(("BEGIN", "statement", "sync")):
+    while len(results) < 3:  # of BEGIN, the statement and the sync
         while pgconn.is_busy():
             yield psycopg.waiting.WAIT_R
             pgconn.consume_input()
