@@ -117,7 +117,7 @@ class Run:
 class Runs(dict[str, Run]):
     """The runs of `flows` at one site, started at once, by the names of the flows."""
 
-    def __init__(self, site: Site, flows: Iterable[Flow], timeout: float = 180.0) -> None:
+    def __init__(self, site: Site, flows: Iterable[Flow], timeout: float = 90.0) -> None:
         super().__init__({flow.name: flow.start(site) for flow in flows})
         self.site = site
         self._deadline = time.monotonic() + timeout
