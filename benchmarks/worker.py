@@ -68,7 +68,8 @@ class Bench:
 
     def wait_ready(self) -> None:
         """Return when the worker answers, and let it consume nothing."""
-        wait_until(lambda: self._control("ping"), 60, f"{self.node}\n{self.process.tail()}", 0.2)
+        # What is asked before the worker has its queue for it is lost.
+        wait_until(lambda: self._control("ping", 1.0), 60, self.node, 0.2)
         self._control("cancel_consumer", queue=self.queue)
 
     def fill(self, task: str, messages: int) -> None:
@@ -116,9 +117,9 @@ class Bench:
     def _waiting(self, connection: Any) -> int:
         return int(self._queue(connection.default_channel).queue_declare(passive=True)[1])
 
-    def _control(self, command: str, **arguments: Any) -> Any:
+    def _control(self, command: str, timeout: float = 10.0, **arguments: Any) -> Any:
         return self._app.control.broadcast(
-            command, arguments, destination=[self.node], reply=True, timeout=10, limit=1
+            command, arguments, destination=[self.node], reply=True, timeout=timeout, limit=1
         )
 
 
