@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -32,90 +31,16 @@ def raw_cursors(connection: Connection, *, begin: bool = False) -> Iterator[None
     It need not look for parameters in the text then. SQLAlchemy's part, with its events and errors, is
     what it always is. With `begin`, a statement that begins a transaction must return no rows.
     """
+    # Those who work with another driver may not have psycopg.
+    from celery_outbox.storage.dialects.beginning import BeginningCursor
+
     driver: Any = connection.connection.dbapi_connection
     psycopg: Any = connection.dialect.loaded_dbapi
-    driver.cursor_factory = _beginning_cursor(psycopg) if begin else psycopg.RawCursor
+    driver.cursor_factory = BeginningCursor if begin else psycopg.RawCursor
     try:
         yield
     finally:
         driver.cursor_factory = psycopg.Cursor
-
-
-@cache
-def _beginning_cursor(psycopg: Any) -> type[Any]:
-    """Return a kind of cursor whose first statement goes to the server together with BEGIN.
-
-    psycopg sends BEGIN by itself and waits for the answer: a round trip more in each transaction.
-    """
-    off = psycopg.pq.PipelineStatus.OFF
-
-    class BeginningCursor(psycopg.RawCursor):
-        _affected: int | None = None
-
-        @property
-        def rowcount(self) -> int:
-            count: int = super().rowcount if self._affected is None else self._affected
-            return count
-
-        def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-            driver = self.connection
-            if not _begins_plainly(psycopg, driver):
-                return super().execute(query, params, **options)
-            with driver.lock:
-                try:
-                    self._affected = driver.wait(_begin_with(psycopg, driver, query, params))
-                finally:
-                    # Answers that nobody has read (a time limit struck) would be taken for others'.
-                    if driver.pgconn.pipeline_status != off:
-                        driver.close()
-            return self
-
-    return BeginningCursor
-
-
-def _begins_plainly(psycopg: Any, driver: Any) -> bool:
-    """Whether a transaction would begin now, by BEGIN and no other words."""
-    pq = psycopg.pq
-    return (
-        driver.pgconn.transaction_status == pq.TransactionStatus.IDLE
-        and driver.pgconn.pipeline_status == pq.PipelineStatus.OFF
-        and not driver.autocommit
-        and (driver.isolation_level, driver.read_only, driver.deferrable) == (None, None, None)
-        and psycopg.Pipeline.is_supported()
-    )
-
-
-def _begin_with(
-    psycopg: Any, driver: Any, text: str, values: Sequence[Any]
-) -> Generator[Any, Any, int]:
-    """Send BEGIN and a statement in libpq's pipeline mode; return how many rows it has changed.
-
-    It is psycopg's to wait, in its own way, whenever this generator yields.
-    """
-    pgconn, encoding = driver.pgconn, driver.info.encoding
-    as_text = psycopg.adapt.Transformer(driver)
-    given = as_text.dump_sequence(values, [psycopg.adapt.PyFormat.AUTO] * len(values))
-    pgconn.enter_pipeline_mode()
-    pgconn.send_query_params(b"BEGIN", None)
-    pgconn.send_query_params(text.encode(encoding), given, as_text.types, as_text.formats)
-    pgconn.pipeline_sync()
-    while pgconn.flush():
-        yield psycopg.waiting.WAIT_W
-    results: list[Any] = []
-    while len(results) < 3:  # of BEGIN, the statement and the sync
-        while pgconn.is_busy():
-            yield psycopg.waiting.WAIT_R
-            pgconn.consume_input()
-        if (result := pgconn.get_result()) is not None:
-            results.append(result)
-        elif pgconn.status == psycopg.pq.ConnStatus.BAD:
-            raise psycopg.OperationalError(pgconn.get_error_message())
-    pgconn.exit_pipeline_mode()
-    for result in results[:2]:
-        if result.status != psycopg.pq.ExecStatus.COMMAND_OK:
-            raise psycopg.errors.error_from_result(result, encoding)
-    affected: int = results[1].command_tuples or 0
-    return affected
 
 
 def _with_servers_parameters(connection: Connection, statement: Executable) -> Any:
