@@ -69,10 +69,12 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Figure]:
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     cpu: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    # Nobody pays for another's garbage, nor to look through all modules for it.
+    gc.freeze()
     for number in range(rounds + 1):
         for contender in contenders:
             contender.prepare()
-            gc.collect()  # nobody pays for another's garbage
+            gc.collect()
             start, cpu_start = time.perf_counter(), time.process_time()
             contender.run()
             taken, cpu_taken = time.perf_counter() - start, time.process_time() - cpu_start

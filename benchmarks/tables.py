@@ -33,7 +33,7 @@ TABLES = {
 }
 
 #: What takes more rounds than `--quick` has time for: measured then only if it is named.
-SLOW = ("keep", "servicebus")
+SLOW = ("keep", "local", "servicebus")
 
 
 def measure_table(name: str, database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
