@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from celery.backends.database import models
+from sqlalchemy import create_engine
 
 from tests.journeys import brokers
 from tests.journeys.brokers import Broker
@@ -85,12 +87,21 @@ class Making:
         if backend == "redis":
             backend = self.redis_url()
         elif backend == "database":
-            backend = f"db+{self.database()}"
+            backend = self.database_for_results()
         used(broker.url, database)
         setup = Setup(str(folder), broker.url, database, backend, {**broker.settings, **settings})
         site = Site(setup, broker.left)
         self._ending.callback(site.close)
         return site.create() if create else site
+
+    def database_for_results(self) -> str:
+        """Return a result backend: a PostgreSQL database with its tables."""
+        url = self.database()
+        # Celery 5.4 creates them for a process's first app, and for no other.
+        engine = create_engine(url)
+        models.ResultModelBase.metadata.create_all(engine)
+        engine.dispose()
+        return f"db+{url}"
 
     def broker(self, kind: str) -> Broker:
         """Return an empty broker of a kind."""
