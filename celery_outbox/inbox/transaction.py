@@ -254,7 +254,7 @@ class InboxTransaction:
             text = None if outcome is None else outcome.dump()
             self._record(store, connection, state, text)
             events.emit(events.COMMITTING, key=self.key, state=state)
-            connection.commit()
+            _commit(connection)
         except (OperationalError, InterfaceError, PoolTimeout) as exc:
             raise GivenBack(f"the database did not take the commit: {exc}") from exc
         except DBAPIError as exc:
@@ -306,3 +306,19 @@ class InboxTransaction:
                 connection.close()
         if savepoint is not None:
             savepoint.detach()
+
+
+def _commit(connection: Connection) -> None:
+    """Commit, or leave nothing open that the next user of the pooled connection would commit.
+
+    SQLAlchemy takes a transaction for ended when its commit has raised anything: what a listener
+    raised, or a soft time limit before the COMMIT was sent.
+    """
+    try:
+        connection.commit()
+    except BaseException:
+        try:
+            connection.dialect.do_rollback(connection.connection)
+        except Exception as exc:
+            connection.invalidate(exc)
+        raise

@@ -159,3 +159,22 @@ def test_a_retry_outlives_the_roll_back_of_its_attempt(
             raise self.retry(countdown=0)
 
     assert run(body) == ("RETRY", ["body"])
+
+
+def test_a_commit_that_is_interrupted_leaves_nothing_for_the_next_one(
+    run: Run, engine: sa.Engine
+) -> None:
+    """P13: SQLAlchemy gives a connection back with its transaction where a listener raised."""
+    labels = ["dropped", "sent"]
+
+    def interrupt(_connection: sa.Connection) -> None:
+        sa.event.remove(engine, "commit", interrupt)
+        raise Purpose
+
+    def body(self: Any) -> None:
+        if (label := labels.pop(0)) == "dropped":
+            sa.event.listen(engine, "commit", interrupt)
+        send(self, label)
+
+    assert run(body) == ("nothing", [])
+    assert run(body) == ("SUCCESS", ["sent"])
