@@ -138,5 +138,8 @@ class EagerTransaction(InboxTransaction):
         store.dialect.before_savepoint(connection)
         return None
 
-    def _record(self, store: Store, connection: Connection, state: str, text: str | None) -> None:
-        """There is no row to record it in."""
+    def _recording(
+        self, store: Store, connection: Connection, state: str, text: str | None
+    ) -> AbstractContextManager[None]:
+        # There is no row.
+        return nullcontext()

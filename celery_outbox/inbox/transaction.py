@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -252,9 +252,9 @@ class InboxTransaction:
             if rows := [*self._staged, *self._retry]:
                 store.stage(connection, rows)
             text = None if outcome is None else outcome.dump()
-            self._record(store, connection, state, text)
-            events.emit(events.COMMITTING, key=self.key, state=state)
-            _commit(connection)
+            with self._recording(store, connection, state, text):
+                events.emit(events.COMMITTING, key=self.key, state=state)
+                _commit(connection)
         except (OperationalError, InterfaceError, PoolTimeout) as exc:
             raise GivenBack(f"the database did not take the commit: {exc}") from exc
         except DBAPIError as exc:
@@ -270,10 +270,12 @@ class InboxTransaction:
         self._close()
         events.emit(events.HANDLED, key=self.key, state=state)
 
-    def _record(self, store: Store, connection: Connection, state: str, text: str | None) -> None:
-        """Write the outcome into the inbox row."""
+    def _recording(
+        self, store: Store, connection: Connection, state: str, text: str | None
+    ) -> AbstractContextManager[None]:
+        """Write the outcome into the inbox row, with the block's commit."""
         keeps = self._installation.config.keep_until_handled
-        store.record(connection, self.key, state, text, forget=keeps)
+        return store.recording(connection, self.key, state, text, forget=keeps)
 
     def forget(self) -> None:
         """Undo everything, and let a kept envelope not be sent again: nobody wants the message."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -327,16 +328,37 @@ class Store:
 
         Raises `TransactionLost` if the claim is gone: what follows it must not be committed.
         """
-        is_recorded = state == _EXPECTED and outcome is None
-        # The statement has a second use: in a transaction that the database has given up, for an
-        # error that somebody has swallowed, it fails. COMMIT would not, and commit nothing.
-        if not (is_recorded and self.dialect.is_sound(connection)):
+        if not self._is_recorded(connection, state, outcome):
             values = {"row": key, "state": state, "outcome": outcome}
             if not self.dialect.change(connection, self._record, values):
                 # A deadlock, on MySQL, ends the transaction and lets the next statement begin another.
                 raise TransactionLost
         if forget:
             self.forget(connection, key)
+
+    @contextmanager
+    def recording(
+        self, connection: Connection, key: str, state: str, outcome: str | None, *, forget: bool
+    ) -> Iterator[None]:
+        """`record`, at the latest with the commit for which the block asks `connection`.
+
+        Where the claim is gone nothing is committed.
+        """
+        if forget:
+            self.forget(connection, key)
+        if self._is_recorded(connection, state, outcome):
+            yield
+            return
+        values = {"row": key, "state": state, "outcome": outcome}
+        with self.dialect.change_with_commit(connection, self._record, values):
+            yield
+
+    def _is_recorded(self, connection: Connection, state: str, outcome: str | None) -> bool:
+        """Whether the inbox row says all of it since the claim."""
+        # The statement has a second use: in a transaction that the database has given up, for an
+        # error that somebody has swallowed, it fails. COMMIT would not, and commit nothing.
+        is_expected = state == _EXPECTED and outcome is None
+        return is_expected and self.dialect.is_sound(connection)
 
     def forget(self, connection: Connection, key: str) -> int:
         """Delete the envelope of an execution that needs no further delivery."""

@@ -77,6 +77,14 @@ def with_connection(method: str, *args: Any, **options: Any) -> Callable[[Any], 
     return call
 
 
+def recording(store: Store) -> None:
+    with (
+        store.engine.connect() as connection,
+        store.recording(connection, "k", "SUCCESS", "x", forget=True),
+    ):
+        connection.commit()
+
+
 ROWS = [row_of(envelope("a")), row_of(envelope("b", ordering_key="k"))]
 LOCAL = queued(envelope("c"), "emails", hold_scheduled=True)
 
@@ -90,6 +98,7 @@ STORE: Mapping[str, Callable[[Store], object]] = {
     "receive": with_connection("receive", "k", "t", "i"),
     "handled": with_connection("handled", "k"),
     "record": with_connection("record", "k", "SUCCESS", "x", forget=True),
+    "recording": recording,
     "forget": with_connection("forget", "k"),
     "prune_inbox": lambda store: store.prune_inbox(86400.5),
     "prune_dead_letters": lambda store: store.prune_dead_letters(86400.5),

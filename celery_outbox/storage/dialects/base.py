@@ -23,6 +23,7 @@ from sqlalchemy import (
     Select,
     String,
     Table,
+    Update,
     bindparam,
     case,
     delete,
@@ -35,6 +36,7 @@ from sqlalchemy import (
     update,
 )
 
+from celery_outbox.errors import TransactionLost
 from celery_outbox.storage.low_water import Mark
 from celery_outbox.storage.notifications import Listener
 from celery_outbox.storage.types import UTCDateTime
@@ -385,6 +387,18 @@ class Dialect:
     ) -> int:
         """Execute a statement that was built once; return how many rows it inserted or updated."""
         return connection.execute(statement, values).rowcount
+
+    @contextmanager
+    def change_with_commit(
+        self, connection: Connection, statement: Update, values: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Execute an update of one row, at the latest with the commit that the block asks for.
+
+        Raises `TransactionLost` if there is no such row, and lets nothing be committed then.
+        """
+        if not self.change(connection, statement, values):
+            raise TransactionLost
+        yield
 
     def forget(self, connection: Connection, outbox: Table, key: str) -> int:
         """Delete the envelopes of a key, in a transaction of the app."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Select,
     String,
     Table,
+    Update,
     any_,
     bindparam,
     column,
@@ -33,6 +35,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from celery_outbox.storage.dialects.base import RECEIVED, Dialect, lock_of
 from celery_outbox.storage.dialects.psycopg3 import (
+    FinalStatement,
     NotificationListener,
     RawInsert,
     RawStatement,
@@ -62,6 +65,7 @@ class PostgreSQL(Dialect):
         super().__init__()
         self._inserts: dict[tuple[Table, str | None, int], RawInsert] = {}
         self._changes: dict[Executable, RawStatement] = {}
+        self._final_changes: dict[Update, FinalStatement] = {}
 
     def now(self) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.
@@ -219,6 +223,19 @@ class PostgreSQL(Dialect):
         if (raw := self._changes.get(statement)) is None:
             raw = self._changes[statement] = RawStatement(connection, statement)
         return raw.execute(connection, values)
+
+    @contextmanager
+    def change_with_commit(
+        self, connection: Connection, statement: Update, values: Mapping[str, Any]
+    ) -> Iterator[None]:
+        if not FinalStatement.suits(connection):
+            with super().change_with_commit(connection, statement, values):
+                yield
+            return
+        if (final := self._final_changes.get(statement)) is None:
+            final = self._final_changes[statement] = FinalStatement(connection, statement)
+        with final.with_commit(connection, values):
+            yield
 
     def is_sound(self, connection: Connection) -> bool:
         # libpq knows from the database's last answer.

@@ -7,10 +7,27 @@ from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable, Insert
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Executable,
+    Insert,
+    Integer,
+    Update,
+    func,
+    literal_column,
+    select,
+)
 from sqlalchemy.exc import OperationalError
 
-__all__ = ["NotificationListener", "RawInsert", "RawStatement", "raw_cursors", "takes_raw"]
+__all__ = [
+    "FinalStatement",
+    "NotificationListener",
+    "RawInsert",
+    "RawStatement",
+    "raw_cursors",
+    "takes_raw",
+]
 
 
 def takes_raw(connection: Connection) -> bool:
@@ -32,7 +49,7 @@ def raw_cursors(connection: Connection, *, begin: bool = False) -> Iterator[None
     what it always is. With `begin`, a statement that begins a transaction must return no rows.
     """
     # Those who work with another driver may not have psycopg.
-    from celery_outbox.storage.dialects.beginning import BeginningCursor
+    from celery_outbox.storage.dialects.round_trip import BeginningCursor
 
     driver: Any = connection.connection.dbapi_connection
     psycopg: Any = connection.dialect.loaded_dbapi
@@ -80,11 +97,45 @@ class RawStatement:
             *compiled.positiontup
         )
 
+    def given(self, values: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
+        """Return the text, and its parameters in their order."""
+        return self._text, self._values(values)
+
     def execute(self, connection: Connection, values: Mapping[str, Any]) -> int:
         """Return how many rows it has inserted or updated."""
         options = {"preserve_rowcount": True}
         with raw_cursors(connection, begin=True):
-            return connection.exec_driver_sql(self._text, self._values(values), options).rowcount
+            return connection.exec_driver_sql(*self.given(values), options).rowcount
+
+
+class FinalStatement:
+    """An update of one row that goes to the server with COMMIT, and keeps it from being one if there
+    is no such row.
+    """
+
+    def __init__(self, connection: Connection, statement: Update) -> None:
+        changed = statement.returning(literal_column("1")).cte("changed")
+        checked = select(literal_column("1", Integer).op("/")(func.count())).select_from(changed)
+        self._statement = RawStatement(connection, checked)
+
+    @staticmethod
+    def suits(connection: Connection) -> bool:
+        """Whether the transaction can be committed so."""
+        if not takes_raw(connection):
+            return False
+        from celery_outbox.storage.dialects.round_trip import commits_plainly
+
+        driver: Any = connection.connection.dbapi_connection
+        return commits_plainly(driver)
+
+    @contextmanager
+    def with_commit(self, connection: Connection, values: Mapping[str, Any]) -> Iterator[None]:
+        """Execute it with the commit that the block asks for."""
+        from celery_outbox.storage.dialects.round_trip import Command, committing_with
+
+        driver: Any = connection.connection.dbapi_connection
+        with committing_with(driver, Command(*self._statement.given(values))):
+            yield
 
 
 class NotificationListener:

@@ -92,6 +92,39 @@ def test_a_transaction_that_was_rolled_back_under_its_body_records_nothing(store
     assert handled(store, "k") is None
 
 
+def test_an_outcome_is_recorded_by_the_commit(store: Store) -> None:
+    """P13, P14."""
+    stage(store, "kept")
+    with store.engine.connect() as connection:
+        assert store.receive(connection, "kept:0:0:", "t", "kept")
+        with store.recording(connection, "kept:0:0:", "SUCCESS", "x", forget=True):
+            connection.commit()
+    assert handled(store, "kept:0:0:") == Handled("kept:0:0:", "SUCCESS", "x")
+    assert ids(claim(store)) == []
+
+
+def test_an_outcome_is_not_recorded_without_a_commit(store: Store) -> None:
+    with store.engine.connect() as connection:
+        assert store.receive(connection, "k", "t", "id")
+        with store.recording(connection, "k", "SUCCESS", "x", forget=False):
+            connection.rollback()
+        assert receive(store, "k")
+
+
+def test_without_a_claim_the_commit_is_none(store: Store) -> None:
+    """P13: not of what was written after the database had ended the claim's transaction, either."""
+    with store.engine.connect() as connection:
+        assert store.receive(connection, "k", "t", "id")
+        connection.exec_driver_sql("ROLLBACK")
+        assert store.receive(connection, "other", "t", "id")
+        with (
+            pytest.raises(TransactionLost),
+            store.recording(connection, "k", "SUCCESS", "x", forget=False),
+        ):
+            connection.commit()
+    assert handled(store, "other") is None
+
+
 def test_a_delivery_has_names_that_are_too_long_for_their_columns_cut(store: Store) -> None:
     with store.engine.begin() as connection:
         assert store.receive(connection, "k", "t" * 1000, "i" * 1000)
