@@ -1,5 +1,8 @@
 """Table `worker`: what a durable task costs a worker, beside the same task with Celery alone.
 
+Beside both, but for ``--quick``, is the least that a task can do by hand to tell a duplicate: it writes
+its id into a table of its own, by SQLAlchemy and in its transaction, and keeps no outcome.
+
 Each task writes one row and commits once. The messages wait in the queue before the worker is told
 to consume it, so that nobody but the worker is measured. PostgreSQL counts the statements.
 """
@@ -22,7 +25,7 @@ from tests.support.processes import Process
 from tests.support.servers import Redis
 from tests.support.waiting import wait_until
 
-KINDS = ("plain", "durable")
+KINDS = {"plain": "plain", "by_hand": "by hand", "durable": "durable"}
 POOLS = {"prefork": 2, "threads": 4}
 TASKS = {"silent": "no result", "answering": "result in Redis"}
 TITLE = "worker: from the queue to the commit and the ack; one row and one commit per task"
@@ -76,7 +79,7 @@ class Bench:
         """Empty the tables, and put messages into the queue, which nobody consumes."""
         self._control("cancel_consumer", queue=self.queue)
         with self._engine.begin() as connection:
-            connection.execute(text("TRUNCATE effects, worker_inbox"))
+            connection.execute(text("TRUNCATE effects, handled, worker_inbox"))
         with self._app.connection_for_write() as connection:
             producer = self._app.amqp.Producer(connection)
             self._queue(connection.default_channel).declare()
@@ -127,28 +130,29 @@ def table(database_url: str, broker_url: str, *, quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
     messages, rounds = (200, 1) if quick else (1_500, 5)
     pools = ("prefork",) if quick else tuple(POOLS)
+    kinds = [kind for kind in KINDS if not (quick and kind == "by_hand")]
     with Redis() as redis:
         urls = {"DATABASE": database_url, "BROKER": broker_url, "RESULTS": redis.url}
         engine = _prepared(database_url)
         benches = {
-            (pool, kind): Bench(kind, pool, urls, engine) for pool in pools for kind in KINDS
+            (pool, kind): Bench(kind, pool, urls, engine) for pool in pools for kind in kinds
         }
         with _running(benches.values()):
             figures = measure(
                 [
                     Contender(
-                        f"{pool}, {TASKS[task]}: {kind}",
+                        f"{pool}, {TASKS[task]}: {KINDS[kind]}",
                         messages,
                         lambda bench=benches[pool, kind]: bench.work(messages),  # type: ignore[misc]
                         lambda bench=benches[pool, kind], task=task: bench.fill(task, messages),  # type: ignore[misc]
                     )
                     for pool in pools
                     for task in TASKS
-                    for kind in KINDS
+                    for kind in kinds
                 ],
                 rounds,
             )
-        counts = _counts(urls, engine)
+        counts = _counts(urls, engine, kinds)
     _print(figures, counts)
     return {
         "messages": messages,
@@ -167,6 +171,9 @@ def _prepared(database_url: str) -> Engine:
         connection.execute(
             text("CREATE TABLE effects (id serial PRIMARY KEY, number integer, text varchar)")
         )
+        connection.execute(
+            text("CREATE TABLE handled (task_id varchar PRIMARY KEY, handled_at timestamptz)")
+        )
         connection.execute(text("CREATE EXTENSION pg_stat_statements"))
         name = database_url.rpartition("/")[2]
         connection.execute(text(f"ALTER DATABASE {name} SET pg_stat_statements.track = 'top'"))
@@ -183,9 +190,11 @@ def _running(benches: Iterable[Bench]) -> Iterator[None]:
         yield
 
 
-def _counts(urls: dict[str, str], engine: Engine) -> dict[str, dict[str, float]]:
+def _counts(
+    urls: dict[str, str], engine: Engine, kinds: Iterable[str]
+) -> dict[str, dict[str, float]]:
     """Return for each task and kind how often it asks which statement, whatever the pool."""
-    benches = {kind: Bench(kind, "threads", urls, engine, counted=True) for kind in KINDS}
+    benches = {kind: Bench(kind, "threads", urls, engine, counted=True) for kind in kinds}
     counts = {}
     with _running(benches.values()):
         for kind, bench in benches.items():
@@ -194,7 +203,7 @@ def _counts(urls: dict[str, str], engine: Engine) -> dict[str, dict[str, float]]
                 bench.fill(task, 50)
                 bench.work(50)
                 wait_until(partial(bench.has_committed, 50), 10, "the last commit's statistics")
-                counts[f"{TASKS[task]}: {kind}"] = bench.counts(50)
+                counts[f"{TASKS[task]}: {KINDS[kind]}"] = bench.counts(50)
     return counts
 
 

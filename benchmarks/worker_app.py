@@ -1,12 +1,14 @@
-"""The app of table `worker`: the same task durable, and as it is written with Celery alone.
+"""The app of table `worker`: the same task durable, by hand, and as it is written with Celery alone.
 
 ``BENCHMARK_KIND`` says which of them a process runs; its URLs come from the environment, too.
 """
 
 import os
+from datetime import datetime
 
 from celery import Celery
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, func
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from celery_outbox import Outbox, durable_task
@@ -23,6 +25,16 @@ class Effect(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     number: Mapped[int]
     text: Mapped[str]
+
+
+class Handled(Base):
+    __tablename__ = "handled"
+    task_id: Mapped[str] = mapped_column(primary_key=True)
+    handled_at: Mapped[datetime] = mapped_column()
+
+
+# Made once: nothing of it is built for each task.
+HANDLE = insert(Handled.__table__).values(handled_at=func.now()).on_conflict_do_nothing()
 
 
 # PostgreSQL 15 counts a SAVEPOINT that the driver has prepared no second time.
@@ -48,6 +60,23 @@ if KIND == "durable":
     @durable_task(app=app, bind=True, name="benchmarks.answering")
     def answering(self, number: int, text: str) -> int:  # type: ignore[no-untyped-def]
         self.session.add(Effect(number=number, text=text))
+        return number
+
+elif KIND == "by_hand":
+
+    def write_once(task_id: str, effect: Effect) -> None:
+        with Session.begin() as session:
+            if session.execute(HANDLE, {"task_id": task_id}).rowcount:
+                session.add(effect)
+
+    @app.task(acks_late=True, bind=True, name="benchmarks.silent", ignore_result=True)
+    def silent_by_hand(self, number: int, text: str) -> int:  # type: ignore[no-untyped-def]
+        write_once(self.request.id, Effect(number=number, text=text))
+        return number
+
+    @app.task(acks_late=True, bind=True, name="benchmarks.answering")
+    def answering_by_hand(self, number: int, text: str) -> int:  # type: ignore[no-untyped-def]
+        write_once(self.request.id, Effect(number=number, text=text))
         return number
 
 else:
