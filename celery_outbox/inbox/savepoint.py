@@ -22,6 +22,7 @@ _IN_ERROR = 3
 
 #: What SQLAlchemy's Connection calls to set, release and go back to a savepoint.
 _METHODS = ("_savepoint_impl", "_release_savepoint_impl", "_rollback_to_savepoint_impl")
+_KNOWN = all(hasattr(Connection, method) for method in _METHODS)
 
 
 class FirstSavepoint:
@@ -52,8 +53,7 @@ class FirstSavepoint:
 
         On SQLite another writer could come in between, and savepoints cost nothing.
         """
-        known = all(hasattr(connection, method) for method in _METHODS)
-        return known and connection.dialect.driver == "psycopg"
+        return _KNOWN and connection.dialect.driver == "psycopg"
 
     def claim_again(self) -> None:
         """Claim the execution again if that was undone."""

@@ -216,14 +216,10 @@ class DurableTask(Task):
     def _body(self, *args: Any, **kwargs: Any) -> Any:
         # Celery's own __call__ would push a second request; one of the user's base class (an
         # application context around the task, say) is kept.
-        wrapper = next(
-            cls
-            for cls in type(self).__mro__
-            if "__call__" in vars(cls) and not issubclass(cls, DurableTask)
-        )
-        if wrapper is Task:
+        call = super().__call__
+        if getattr(call, "__func__", None) is Task.__call__:
             return self.run(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
+        return call(*args, **kwargs)
 
     @property
     def backend(self) -> DurableBackend:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -336,10 +336,9 @@ class Store:
         if forget:
             self.forget(connection, key)
 
-    @contextmanager
     def recording(
         self, connection: Connection, key: str, state: str, outcome: str | None, *, forget: bool
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """`record`, at the latest with the commit for which the block asks `connection`.
 
         Where the claim is gone nothing is committed.
@@ -347,11 +346,9 @@ class Store:
         if forget:
             self.forget(connection, key)
         if self._is_recorded(connection, state, outcome):
-            yield
-            return
+            return nullcontext()
         values = {"row": key, "state": state, "outcome": outcome}
-        with self.dialect.change_with_commit(connection, self._record, values):
-            yield
+        return self.dialect.change_with_commit(connection, self._record, values)
 
     def _is_recorded(self, connection: Connection, state: str, outcome: str | None) -> bool:
         """Whether the inbox row says all of it since the claim."""

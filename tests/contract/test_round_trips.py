@@ -190,14 +190,24 @@ def test_it_is_in_a_transaction(store: Store) -> None:
     assert is_claimed(store)
 
 
-def test_listeners_see_it(store: Store) -> None:
+@pytest.mark.parametrize("logged", [False, True])
+def test_sqlalchemy_has_a_part_in_it_where_it_logs_statements(
+    store: Store, caplog: pytest.LogCaptureFixture, logged: bool
+) -> None:
     seen: list[str] = []
+    engine = create_engine(store.engine.url, logging_name="seen")
     event.listen(
-        store.engine, "before_cursor_execute", lambda _c, _u, statement, *_: seen.append(statement)
+        engine, "before_cursor_execute", lambda _c, _u, statement, *_: seen.append(statement)
     )
-    with store.engine.begin() as connection:
-        claim(store, connection)
-    assert [each.split(" (")[0] for each in seen] == ["INSERT INTO inbox"]
+    level = "INFO" if logged else "WARNING"
+    with caplog.at_level(level, "sqlalchemy.engine.Engine.seen"), engine.begin() as connection:
+        assert claim(store, connection)
+        assert not claim(store, connection)
+    expected = ["INSERT INTO inbox"] * (2 if logged else 1)
+    assert [each.split(" (")[0] for each in seen] == expected
+    assert caplog.text.count("INSERT INTO inbox") == (2 if logged else 0)
+    assert is_claimed(store)
+    engine.dispose()
 
 
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"])

@@ -109,16 +109,18 @@ def add(session: Session, name: str) -> None:
     session.flush()
 
 
-def test_a_task_costs_one_statement(on_postgresql: Place) -> None:
+def test_a_task_asks_nothing_beside_its_claim(on_postgresql: Place) -> None:
+    """That goes out with BEGIN, by the driver."""
+
     def body(self: Any) -> None:
         add(self.session, "kept")
 
     on_postgresql.run(body)
-    assert on_postgresql.statements == ["INSERT", "INSERT"]
+    assert on_postgresql.statements == ["INSERT"]
     assert on_postgresql.effects() == ["kept"]
 
 
-def test_a_task_with_a_result_costs_no_statement_more(on_postgresql: Place) -> None:
+def test_a_task_with_a_result_asks_nothing_more(on_postgresql: Place) -> None:
     """Its result goes out with COMMIT, by the driver."""
     on_postgresql.app.conf.result_backend = "cache+memory://"
 
@@ -127,17 +129,17 @@ def test_a_task_with_a_result_costs_no_statement_more(on_postgresql: Place) -> N
         return "result"
 
     on_postgresql.run(body)
-    assert on_postgresql.statements == ["INSERT", "INSERT"]
+    assert on_postgresql.statements == ["INSERT"]
     assert on_postgresql.effects() == ["kept"]
 
 
-def test_a_joined_session_costs_no_more(on_postgresql: Place) -> None:
+def test_a_joined_session_asks_nothing_more(on_postgresql: Place) -> None:
     def body(_self: Any) -> None:
         with on_postgresql.Session.begin() as session:
             add(session, "kept")
 
     on_postgresql.run(body)
-    assert on_postgresql.statements == ["INSERT", "INSERT"]
+    assert on_postgresql.statements == ["INSERT"]
     assert on_postgresql.effects() == ["kept"]
 
 

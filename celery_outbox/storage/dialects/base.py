@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from hashlib import sha256
 from typing import Any
@@ -388,17 +388,16 @@ class Dialect:
         """Execute a statement that was built once; return how many rows it inserted or updated."""
         return connection.execute(statement, values).rowcount
 
-    @contextmanager
     def change_with_commit(
         self, connection: Connection, statement: Update, values: Mapping[str, Any]
-    ) -> Iterator[None]:
-        """Execute an update of one row, at the latest with the commit that the block asks for.
+    ) -> AbstractContextManager[None]:
+        """Execute an update of one row now, or with the commit that the block asks for.
 
         Raises `TransactionLost` if there is no such row, and lets nothing be committed then.
         """
         if not self.change(connection, statement, values):
             raise TransactionLost
-        yield
+        return nullcontext()
 
     def forget(self, connection: Connection, outbox: Table, key: str) -> int:
         """Delete the envelopes of a key, in a transaction of the app."""
@@ -408,13 +407,12 @@ class Dialect:
         """Whether it is known, without asking the database, that a COMMIT will not be a roll-back."""
         return False
 
-    @contextmanager
-    def waiting_briefly(self, connection: Connection) -> Iterator[None]:
+    def waiting_briefly(self, connection: Connection) -> AbstractContextManager[None]:
         """Let no statement of the block wait for long for another transaction.
 
         Nothing to do where `receive`, for which it is, never waits.
         """
-        yield
+        return nullcontext()
 
     def before_savepoint(self, connection: Connection) -> None:
         """Let a savepoint that is set now be one even where it is a transaction's first statement."""

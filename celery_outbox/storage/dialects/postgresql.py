@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any
 
@@ -224,18 +224,14 @@ class PostgreSQL(Dialect):
             raw = self._changes[statement] = RawStatement(connection, statement)
         return raw.execute(connection, values)
 
-    @contextmanager
     def change_with_commit(
         self, connection: Connection, statement: Update, values: Mapping[str, Any]
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         if not FinalStatement.suits(connection):
-            with super().change_with_commit(connection, statement, values):
-                yield
-            return
+            return super().change_with_commit(connection, statement, values)
         if (final := self._final_changes.get(statement)) is None:
             final = self._final_changes[statement] = FinalStatement(connection, statement)
-        with final.with_commit(connection, values):
-            yield
+        return final.with_commit(connection, values)
 
     def is_sound(self, connection: Connection) -> bool:
         # libpq knows from the database's last answer.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from operator import itemgetter
 from typing import Any
 
@@ -42,18 +43,15 @@ def takes_raw(connection: Connection) -> bool:
 
 
 @contextmanager
-def raw_cursors(connection: Connection, *, begin: bool = False) -> Iterator[None]:
+def raw_cursors(connection: Connection) -> Iterator[None]:
     """Let psycopg take statements with the server's own parameters, ``$1``, and no others.
 
     It need not look for parameters in the text then. SQLAlchemy's part, with its events and errors, is
-    what it always is. With `begin`, a statement that begins a transaction must return no rows.
+    what it always is.
     """
-    # Those who work with another driver may not have psycopg.
-    from celery_outbox.storage.dialects.round_trip import BeginningCursor
-
     driver: Any = connection.connection.dbapi_connection
     psycopg: Any = connection.dialect.loaded_dbapi
-    driver.cursor_factory = BeginningCursor if begin else psycopg.RawCursor
+    driver.cursor_factory = psycopg.RawCursor
     try:
         yield
     finally:
@@ -102,10 +100,22 @@ class RawStatement:
         return self._text, self._values(values)
 
     def execute(self, connection: Connection, values: Mapping[str, Any]) -> int:
-        """Return how many rows it has inserted or updated."""
-        options = {"preserve_rowcount": True}
-        with raw_cursors(connection, begin=True):
-            return connection.exec_driver_sql(*self.given(values), options).rowcount
+        """Return how many rows it has inserted or updated; if it begins a transaction, none returned.
+
+        SQLAlchemy has no part in a statement that begins one, unless its engine logs statements.
+        """
+        # Those who work with another driver may not have psycopg.
+        from celery_outbox.storage.dialects.round_trip import Command, begin_with
+
+        command = Command(*self.given(values))
+        if not connection.in_transaction():
+            connection.begin()
+        if not connection.engine.logger.isEnabledFor(logging.INFO):
+            driver: Any = connection.connection.dbapi_connection
+            if (changed := begin_with(driver, command)) is not None:
+                return changed
+        with raw_cursors(connection):
+            return connection.exec_driver_sql(*command, {"preserve_rowcount": True}).rowcount
 
 
 class FinalStatement:
@@ -128,14 +138,14 @@ class FinalStatement:
         driver: Any = connection.connection.dbapi_connection
         return commits_plainly(driver)
 
-    @contextmanager
-    def with_commit(self, connection: Connection, values: Mapping[str, Any]) -> Iterator[None]:
+    def with_commit(
+        self, connection: Connection, values: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
         """Execute it with the commit that the block asks for."""
         from celery_outbox.storage.dialects.round_trip import Command, committing_with
 
         driver: Any = connection.connection.dbapi_connection
-        with committing_with(driver, Command(*self._statement.given(values))):
-            yield
+        return committing_with(driver, Command(*self._statement.given(values)))
 
 
 class NotificationListener:

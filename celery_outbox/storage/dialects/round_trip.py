@@ -9,13 +9,13 @@ what it takes. The statements are prepared, unless the app forbids it as it does
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from psycopg import Connection, OperationalError, Pipeline, RawCursor, pq, waiting
+from psycopg import Connection, Error, OperationalError, Pipeline, pq, waiting
 from psycopg.abc import PQGen
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.errors import DuplicatePreparedStatement, InvalidSqlStatementName, error_from_result
@@ -23,7 +23,7 @@ from psycopg.pq.abc import PGresult
 
 from celery_outbox.errors import TransactionLost
 
-__all__ = ["BeginningCursor", "Command", "commits_plainly", "committing_with"]
+__all__ = ["Command", "begin_with", "commits_plainly", "committing_with"]
 
 #: What PostgreSQL says of a statement that somebody has deallocated, or prepared for another client
 #: of a pooler.
@@ -46,31 +46,25 @@ _BEGIN, _COMMIT = Command("BEGIN"), Command("COMMIT")
 _prepared: WeakKeyDictionary[Connection[Any], set[bytes] | None] = WeakKeyDictionary()
 
 
-class BeginningCursor(RawCursor[Any]):
-    """A cursor whose first statement goes to the server with its BEGIN.
+def begin_with(driver: Connection[Any], command: Command) -> int | None:
+    """Begin a transaction with `command`, which returns no rows; return how many rows it changed.
 
-    Where no transaction is open, the statement must return no rows.
+    None: nothing is begun. It is not for here, or there was an error, which whoever asks in psycopg's
+    own way is told again.
     """
-
-    _affected: int | None = None
-
-    @property
-    def rowcount(self) -> int:
-        return super().rowcount if self._affected is None else self._affected
-
-    def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-        driver = self.connection
-        if not _begins_plainly(driver):
-            return super().execute(query, params, **options)
-        commands = (_BEGIN, Command(query, params or ()))
-        try:
-            results = _checked(driver, _execute(driver, commands))
-        except _UNPREPARED:
-            _prepared[driver] = None
-            driver.rollback()
-            results = _checked(driver, _execute(driver, commands))
-        self._affected = results[-1].command_tuples or 0
-        return self
+    if not _begins_plainly(driver):
+        return None
+    try:
+        results = _checked(driver, _execute(driver, (_BEGIN, command)))
+    except _UNPREPARED:
+        _prepared[driver] = None
+    except Error:
+        pass
+    else:
+        return results[-1].command_tuples or 0
+    with suppress(Error):
+        driver.rollback()
+    return None
 
 
 @contextmanager
@@ -166,14 +160,18 @@ def _round_trip(driver: Connection[Any], commands: Sequence[Command]) -> PQGen[l
     while pgconn.flush():
         yield waiting.WAIT_W
     results: list[PGresult] = []
+    yield waiting.WAIT_R
+    pgconn.consume_input()
     while len(results) <= len(awaited):  # the last is of the sync
+        # Each time it is asked psycopg lets other threads run: not more often than needed.
         while pgconn.is_busy():
             yield waiting.WAIT_R
             pgconn.consume_input()
-        if (result := pgconn.get_result()) is not None:
-            results.append(result)
-        elif pgconn.status == pq.ConnStatus.BAD:
+        if (result := pgconn.get_result()) is None:
             raise OperationalError(pgconn.get_error_message())
+        results.append(result)
+        if len(results) <= len(awaited):
+            pgconn.get_result()  # None: the next result is another command's
     pgconn.exit_pipeline_mode()
     for prepares, result in zip(awaited, results, strict=False):
         if prepares is not None and prepared is not None and result.status in _GOOD:
