@@ -109,6 +109,7 @@ class RawStatement:
 
         command = Command(*self.given(values))
         if not connection.in_transaction():
+            # SQLAlchemy does so by itself, before a statement that it knows of.
             connection.begin()
         if not connection.engine.logger.isEnabledFor(logging.INFO):
             driver: Any = connection.connection.dbapi_connection
